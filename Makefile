@@ -1,0 +1,44 @@
+# make demo      train one model at three sites on this machine (ARGS="--minutes 1 --json out.json")
+# make test      all tests            make lint    ruff and mypy          make check    both
+# make bench     the measured claims, quick forms
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test lint check bench clean
+
+demo: $(READY)
+	@$(BIN)/isthmus demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.merge --quick $(ARGS)
+
+# Made anew whenever what is installed could have changed; quick when it has not. A Debian without the
+# python3-venv package cannot make environments; where we may, we install it, and else say so.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); \
+		else \
+			echo "isthmus: python3 cannot make environments here; install the package python3-venv" >&2; exit 2; \
+		fi; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

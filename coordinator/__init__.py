@@ -1,0 +1,1 @@
+"""The Isthmus coordinator: collects contributions, steps the masters, publishes versions."""

@@ -1,0 +1,256 @@
+"""The aiohttp application of one coordinator: which path leads to which question."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from pathlib import Path
+
+from aiohttp import web
+
+from coordinator.api.errors import problems
+from coordinator.api.status import run_document, status_document, versions_document
+from coordinator.refused import Refused
+from coordinator.service import Coordinator
+from coordinator.tokens import check_token
+from shared.config import SITE_NAME
+from shared.protocol import (
+    MEDIA_TYPE,
+    MESSAGE_BYTES,
+    PART_BYTES,
+    SITE_HEADER,
+    Code,
+    Heartbeat,
+    Join,
+    Leave,
+    Message,
+    OpenUpload,
+    pack,
+    unpack,
+)
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT_SECONDS = 60.0
+EVENTS_SECONDS = 1.0
+DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
+
+
+class Api:
+    """Request handlers over one coordinator. `insecure` takes a site at its word and is for loopback only."""
+
+    def __init__(self, coordinator: Coordinator, *, insecure: bool) -> None:
+        self._coordinator, self._insecure = coordinator, insecure
+        self._stopping = False
+
+    def app(self) -> web.Application:
+        c = self._coordinator
+        app = web.Application(
+            middlewares=[problems(c.metrics, lambda: c.core.roster)],
+            client_max_size=PART_BYTES + MESSAGE_BYTES,
+        )
+        app.on_response_prepare.append(self._count_out)
+        fragment = "/v1/fragments/{fragment:[0-9]{1,9}}/versions/{version:[0-9]{1,15}}"
+        app.add_routes(
+            [
+                web.post("/v1/join", self.join),
+                web.get("/v1/join", self.preview),
+                web.post("/v1/sites/{site}/heartbeat", self.heartbeat),
+                web.post("/v1/sites/{site}/leave", self.leave),
+                web.post("/v1/contributions", self.open_upload),
+                web.put("/v1/contributions/{id:[0-9a-f]{32}}/parts/{part:[0-9]{1,9}}", self.put_part),
+                web.post("/v1/contributions/{id:[0-9a-f]{32}}/commit", self.commit),
+                web.get(fragment + "/delta", self.delta),
+                web.get(fragment + "/snapshot", self.snapshot),
+                web.get("/v1/versions", self.versions),
+                web.get("/v1/run", self.run),
+                web.get("/v1/status", self.status),
+                web.get("/v1/events", self.events),
+                web.get("/metrics", self.metrics),
+                web.get("/healthz", self.healthz),
+                web.get("/readyz", self.readyz),
+                web.get("/", self.dashboard),
+            ]
+        )
+        return app
+
+    def close(self) -> None:
+        """Ends the event streams, so that a graceful stop does not wait for browsers."""
+        self._stopping = True
+
+    # -- for sites
+
+    async def join(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        message = unpack(Join, await self._body(request, site, MESSAGE_BYTES))
+        _same(site, message.site)
+        return _message(await self._coordinator.join(site, message))
+
+    async def preview(self, request: web.Request) -> web.Response:
+        """What a site would get if it joined; it stays outside."""
+        self._site(request)
+        return _message(self._coordinator.preview())
+
+    async def heartbeat(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        _same(site, request.match_info["site"])
+        message = unpack(Heartbeat, await self._body(request, site, MESSAGE_BYTES))
+        return _message(await self._coordinator.heartbeat(site, message))
+
+    async def leave(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        _same(site, request.match_info["site"])
+        message = unpack(Leave, await self._body(request, site, MESSAGE_BYTES))
+        await self._coordinator.leave(site, message.run, message.session)
+        return web.Response(status=204)
+
+    async def open_upload(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        limit = PART_BYTES + MESSAGE_BYTES
+        message = unpack(OpenUpload, await self._body(request, site, limit), limit)
+        self._coordinator.check_run(message.run)
+        return _message(await self._coordinator.intake.open(site, message))
+
+    async def put_part(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        data = await self._body(request, site, PART_BYTES)
+        await self._coordinator.intake.put_part(site, request.match_info["id"], int(request.match_info["part"]), data)
+        return web.Response(status=204)
+
+    async def commit(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        await self._body(request, site, MESSAGE_BYTES)
+        return _message(await self._coordinator.intake.commit(site, request.match_info["id"]))
+
+    async def delta(self, request: web.Request) -> web.StreamResponse:
+        self._reader(request)
+        wait = _seconds(request.query.get("wait", "0"))
+        path, digest = await self._coordinator.publication.delta(*_where(request), min(wait, LONGEST_WAIT_SECONDS))
+        return self._immutable(request, path, digest)
+
+    async def snapshot(self, request: web.Request) -> web.StreamResponse:
+        self._reader(request)
+        path, tag = await self._coordinator.publication.snapshot(*_where(request))
+        return self._immutable(request, path, tag)
+
+    # -- for people
+
+    async def versions(self, request: web.Request) -> web.Response:
+        return _json(versions_document(self._coordinator))
+
+    async def run(self, request: web.Request) -> web.Response:
+        return _json(run_document(self._coordinator))
+
+    async def status(self, request: web.Request) -> web.Response:
+        return _json(status_document(self._coordinator))
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Server-sent events: the status, once a second while somebody looks."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        try:
+            while not self._stopping:
+                data = json.dumps(status_document(self._coordinator))
+                await response.write(f"event: status\ndata: {data}\n\n".encode())
+                await asyncio.sleep(EVENTS_SECONDS)
+        except ConnectionResetError:
+            log.debug("an event stream's reader went away")
+        return response
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=await self._coordinator.exposition(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        fault = self._coordinator.workers.storage_fault
+        return web.Response(text="ok\n") if fault is None else web.Response(status=503, text=f"storage: {fault}\n")
+
+    async def dashboard(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(DASHBOARD, headers={"Cache-Control": "no-cache"})
+
+    # -- bounds and rights
+
+    def _site(self, request: web.Request) -> str:
+        """The site that calls, once its token has been found to be its own."""
+        site = request.headers.get(SITE_HEADER, "")
+        if not re.fullmatch(SITE_NAME, site):
+            raise Refused(Code.UNAUTHORIZED, f"the header {SITE_HEADER} must name the site that calls")
+        if self._insecure:
+            return site
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not check_token(self._coordinator.reader, site, token.strip()):
+            raise Refused(
+                Code.UNAUTHORIZED,
+                f"no valid token for site {site}; make one with: isthmus coordinator token add {site} --state DIR",
+            )
+        return site
+
+    def _reader(self, request: web.Request) -> None:
+        """The caller of an immutable object: a site, which may name the run that it thinks it reads from."""
+        self._site(request)
+        if (run := request.query.get("run")) is not None:
+            self._coordinator.check_run(run)
+
+    async def _body(self, request: web.Request, site: str, limit: int) -> bytes:
+        """The whole body, bounded; every piece that arrives renews the site's lease."""
+        if (request.content_length or 0) > limit:
+            raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
+        body = bytearray()
+        async for piece in request.content.iter_any():
+            body += piece
+            if len(body) > limit:
+                raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
+            self._coordinator.core.bytes_arrived(site, self._coordinator.clock())
+        if site in self._coordinator.core.roster:
+            self._coordinator.metrics.bytes_in.labels(site).inc(len(body))
+        return bytes(body)
+
+    def _immutable(self, request: web.Request, path: Path, digest: str) -> web.StreamResponse:
+        """A file that never changes, for caches on the way too; Range and If-None-Match work."""
+        headers = {
+            "Cache-Control": "public, max-age=31536000, immutable",
+            "ETag": f'"{digest}"',
+            "Content-Type": "application/octet-stream",
+        }
+        if f'"{digest}"' in request.headers.get("If-None-Match", ""):
+            return web.Response(status=304, headers=headers)
+        return web.FileResponse(path, headers=headers)
+
+    async def _count_out(self, request: web.Request, response: web.StreamResponse) -> None:
+        site = request.headers.get(SITE_HEADER, "")
+        if site in self._coordinator.core.roster and response.content_length:
+            self._coordinator.metrics.bytes_out.labels(site).inc(response.content_length)
+
+
+def _same(site: str, named: str) -> None:
+    if site != named:
+        raise Refused(Code.NOT_YOUR_SITE, f"site {site} cannot act as {named[:64]}")
+
+
+def _where(request: web.Request) -> tuple[int, int]:
+    return int(request.match_info["fragment"]), int(request.match_info["version"])
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise Refused(Code.BAD_REQUEST, f"wait: {text[:32]!r} is not a number of seconds from 0")
+    return seconds
+
+
+def _message(message: Message) -> web.Response:
+    return web.Response(body=pack(message), content_type=MEDIA_TYPE)
+
+
+def _json(document: object) -> web.Response:
+    return web.json_response(document, headers={"Cache-Control": "no-store"})

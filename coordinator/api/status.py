@@ -1,0 +1,90 @@
+"""The JSON documents for people and the dashboard: what the coordinator knows, as of now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.service import Coordinator
+
+
+def versions_document(c: Coordinator) -> dict[str, Any]:
+    """Each fragment's newest published version, by `fragment`."""
+    return {
+        "run": c.run_id,
+        "fragments": [
+            {
+                "fragment": p,
+                "version": newest.version,
+                "digest": newest.digest,
+                "tokens": newest.tokens,
+                "parameters": c.layout.fragments[p].size,
+            }
+            for p, newest in enumerate(c.publication.newest)
+        ],
+    }
+
+
+def run_document(c: Coordinator) -> dict[str, Any]:
+    """The run's name, config and layout."""
+    return {
+        "run": c.run_id,
+        "name": c.config.run.name,
+        "parameters": c.layout.parameters,
+        "layout_digest": c.layout.digest,
+        "config": c.config.model_dump(mode="json"),
+    }
+
+
+def status_document(c: Coordinator) -> dict[str, Any]:
+    """Progress, sites and open rounds."""
+    now, core = c.clock(), c.core
+    return {
+        "run": c.run_id,
+        "name": c.config.run.name,
+        "state": "finished" if core.finished else "training" if core.started else "waiting for sites",
+        "tokens": core.tokens,
+        "tokens_budget": core.plan.tokens,
+        "outer_steps": sum(newest.version for newest in c.publication.newest),
+        "eval_loss": c.evaluations[-1][1] if c.evaluations else None,
+        "evaluations": [{"tokens": tokens, "loss": loss} for tokens, loss in c.evaluations],
+        "min_sites": core.plan.min_sites,
+        "storage_fault": c.workers.storage_fault,
+        "sites": [
+            {
+                "name": name,
+                "live": name in core.members.live,
+                **_member(c, name, now),
+            }
+            for name in sorted(core.roster | core.members.live.keys())
+        ],
+        "fragments": [
+            {
+                "fragment": p,
+                "version": newest.version,
+                "digest": newest.digest,
+                "tokens": newest.tokens,
+                "parameters": c.layout.fragments[p].size,
+                "merging": core.fragments[p].merging,
+                "contributions": sorted(core.fragments[p].open.sites),
+            }
+            for p, newest in enumerate(c.publication.newest)
+        ],
+    }
+
+
+def _member(c: Coordinator, name: str, now: float) -> dict[str, Any]:
+    member = c.core.members.live.get(name)
+    if member is None:
+        return {}
+    report = member.report
+    return {
+        "state": report.state,
+        "lease_seconds": round(member.lease_until - now, 1),
+        "steps": report.steps,
+        "tokens": report.tokens,
+        "step_seconds": report.step_seconds,
+        "training_share": report.training_share,
+        "pace": round(c.core.pace(name), 2),
+        "loss": report.loss,
+        "anchor_repairs": report.repairs,
+    }

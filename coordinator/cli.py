@@ -1,0 +1,163 @@
+"""`isthmus coordinator …`: serve, status, export, token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shared.config import load_run
+from shared.errors import ConfigError, FaultError
+from shared.program import command, set_up_logging
+
+app = typer.Typer(no_args_is_help=True, help="The daemon that merges contributions and publishes versions.")
+token_app = typer.Typer(no_args_is_help=True, help="Who may join: one token for each site.")
+app.add_typer(token_app, name="token")
+
+StateOption = Annotated[Path, typer.Option("--state", help="The coordinator's state directory.")]
+
+
+@app.command()
+@command
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config.")],
+    state: StateOption,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8470,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate file for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key file.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="Only let in clients with a certificate of this CA.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No tokens; loopback only.")] = False,
+) -> None:
+    """Coordinate a run until stopped."""
+    from coordinator.daemon import Listen, serve
+
+    set_up_logging()
+    config = load_run(run)
+    asyncio.run(serve(config, state, run.resolve().parent, Listen(host, port, tls_cert, tls_key, client_ca, insecure)))
+
+
+@app.command()
+@command
+def status(
+    url: Annotated[str, typer.Option(help="The coordinator's address.")] = "http://127.0.0.1:8470",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON.")] = False,
+) -> None:
+    """Show how a run stands."""
+    document = _get(url.rstrip("/") + "/v1/status")
+    if as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        _show(document)
+
+
+@app.command()
+@command
+def export(
+    state_dir: Annotated[Path, typer.Argument(metavar="STATE_DIR", help="The coordinator's state directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file; with --format hf a directory.")],
+    form: Annotated[Literal["safetensors", "hf"], typer.Option("--format", help="What to write.")] = "safetensors",
+    published: Annotated[bool, typer.Option("--published", help="What the sites hold, not the masters.")] = False,
+) -> None:
+    """Write the weights to files that other programs load."""
+    from coordinator.export import export as export_weights
+
+    print(export_weights(state_dir, out, form, published=published))
+
+
+@token_app.command()
+@command
+def add(site: Annotated[str, typer.Argument(metavar="SITE")], state: StateOption) -> None:
+    """Print a new token for SITE, once; an older one of that site stops working."""
+    from coordinator.store.state_dir import StateDir
+    from coordinator.tokens import add_token
+
+    store = StateDir(state)
+    try:
+        print(add_token(store.journal, site))
+    finally:
+        store.close()
+
+
+@token_app.command("list")
+@command
+def list_(state: StateOption) -> None:
+    """List the sites that have a token."""
+    from coordinator.store.state_dir import StateDir
+
+    store = StateDir(state, read_only=True)
+    try:
+        for site in store.journal.sites():
+            if site.has_token:
+                print(f"{site.name}\t{'revoked' if site.revoked else 'valid'}")
+    finally:
+        store.close()
+
+
+@token_app.command()
+@command
+def revoke(site: Annotated[str, typer.Argument(metavar="SITE")], state: StateOption) -> None:
+    """Take SITE's token away; it works no longer from the next request on."""
+    from coordinator.store.state_dir import StateDir
+
+    StateDir(state, read_only=True).close()
+    store = StateDir(state)
+    try:
+        if not store.journal.revoke_token(site):
+            raise ConfigError(f"site {site} has no valid token in {state}; see: isthmus coordinator token list")
+    finally:
+        store.close()
+
+
+def _get(url: str) -> dict[str, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            document = json.load(answer)
+    except (urllib.error.URLError, TimeoutError, ValueError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise FaultError(f"no coordinator answers at {url}: {reason}; name its address with --url") from None
+    if not isinstance(document, dict) or "run" not in document:
+        raise FaultError(f"what answers at {url} is not a coordinator; name its address with --url")
+    return document
+
+
+def _show(status: dict[str, Any]) -> None:
+    console = Console()
+    loss = "–" if status["eval_loss"] is None else f"{status['eval_loss']:.4f}"
+    console.print(
+        f"run [bold]{status['run']}[/]: {status['state']}, {status['tokens']:,} of {status['tokens_budget']:,} tokens, "
+        f"{status['outer_steps']} outer steps, eval loss {loss}"
+    )
+    sites = Table("site", "state", "steps", "tokens", "s/step", "pace", "training", "loss")
+    for site in status["sites"]:
+        if not site["live"]:
+            sites.add_row(site["name"], "away")
+            continue
+        train_loss = "–" if site["loss"] is None else f"{site['loss']:.4f}"
+        sites.add_row(
+            site["name"],
+            site["state"],
+            f"{site['steps']:,}",
+            f"{site['tokens']:,}",
+            f"{site['step_seconds']:.3f}",
+            f"{site['pace']:g}",
+            f"{site['training_share']:.1%}",
+            train_loss,
+        )
+    fragments = Table("fragment", "version", "tokens", "parameters", "in the open round")
+    for fragment in status["fragments"]:
+        fragments.add_row(
+            str(fragment["fragment"]),
+            str(fragment["version"]),
+            f"{fragment['tokens']:,}",
+            f"{fragment['parameters']:,}",
+            ", ".join(fragment["contributions"]),
+        )
+    console.print(sites, fragments)

@@ -1,0 +1,83 @@
+"""Who takes part: sites, their sessions and their leases.
+
+A site is *live* while its lease runs; heartbeats and arriving bytes renew it. A session is one start of
+one agent: when a second agent joins under the same name the newest wins, and the older one is told that
+it was superseded, because a restarted agent must get in at once and two must never both contribute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LEASE_SECONDS = 30.0
+"""Long enough for several lost heartbeats, short enough that a dead site holds a round for half a minute."""
+
+State = Literal["preparing", "ready", "training"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a site says of itself with each heartbeat; seconds of 0 mean: not yet measured."""
+
+    state: State
+    steps: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    overlap_seconds: float = 0.0
+    sync_seconds: float = 0.0
+    training_share: float = 0.0
+    loss: float | None = None
+    repairs: int = 0
+
+
+@dataclass
+class Member:
+    """A live site. `report` is its newest heartbeat, `seen` the time of its last sign of life."""
+
+    site: str
+    session: str
+    lease_until: float
+    report: Report
+    seen: float
+
+
+class Membership:
+    """The live sites, by name."""
+
+    def __init__(self, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.lease_seconds = lease_seconds
+        self.live: dict[str, Member] = {}
+
+    def join(self, site: str, session: str, now: float, state: State = "preparing") -> None:
+        """`site` under a new session; an older session of that name ends here."""
+        self.live[site] = Member(site, session, now + self.lease_seconds, Report(state), now)
+
+    def standing(self, site: str, session: str) -> Literal["member", "superseded", "unknown"]:
+        member = self.live.get(site)
+        if member is None:
+            return "unknown"
+        return "member" if member.session == session else "superseded"
+
+    def renew(self, site: str, now: float) -> None:
+        """A sign of life: a heartbeat, or bytes of an upload."""
+        if (member := self.live.get(site)) is not None:
+            member.lease_until = now + self.lease_seconds
+            member.seen = now
+
+    def remove(self, site: str) -> None:
+        self.live.pop(site, None)
+
+    def expire(self, now: float) -> list[str]:
+        """Takes out the sites whose lease has run out, and names them in order."""
+        gone = sorted(site for site, member in self.live.items() if member.lease_until <= now)
+        for site in gone:
+            del self.live[site]
+        return gone
+
+    def in_state(self, *states: State) -> list[Member]:
+        """The live sites in any of `states`, in order of name."""
+        return [self.live[site] for site in sorted(self.live) if self.live[site].report.state in states]
+
+    def next_expiry(self) -> float | None:
+        return min((member.lease_until for member in self.live.values()), default=None)

@@ -1,0 +1,131 @@
+"""Rounds: the collecting of contributions for one fragment until the policy closes it.
+
+A fragment always has one open round. Closing it hands its contributions, in order of site name, to the
+merge; while that runs the next round is already open and collecting. Rounds of different fragments know
+nothing of each other.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Reason = Literal["complete", "quorum", "deadline"]
+Weighting = Literal["uniform", "tokens", "tokens2-per-step"]
+
+GRACE_FACTOR = 0.5
+"""γ of the grace window (Decoupled DiLoCo, arXiv 2604.21428)."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An accepted contribution, by what the journal knows of it; its tensors stay on disk."""
+
+    id: str
+    site: str
+    fragment: int
+    base_version: int
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When a round closes. `quorum` None: all sites that train; `grace_seconds` None: measured."""
+
+    quorum: int | None
+    grace_seconds: float | None
+    deadline_seconds: float
+    max_staleness: int
+    weighting: Weighting
+
+
+@dataclass(frozen=True)
+class Tempo:
+    """Measured times of a live site, in seconds: what τ steps take, and what a send and receive take."""
+
+    overlap: float
+    sync: float
+
+
+@dataclass
+class OpenRound:
+    """Contributions collected so far, by id; times are those of the first and of the K-th one."""
+
+    contributions: dict[str, Contribution] = field(default_factory=dict)
+    opened_at: float | None = None
+    quorum_at: float | None = None
+
+    @property
+    def sites(self) -> set[str]:
+        return {contribution.site for contribution in self.contributions.values()}
+
+    def add(self, contribution: Contribution, policy: Policy, now: float) -> None:
+        self.contributions[contribution.id] = contribution
+        if self.opened_at is None:
+            self.opened_at = now
+        if self.quorum_at is None and policy.quorum is not None and len(self.sites) >= policy.quorum:
+            self.quorum_at = now
+
+    def ordered(self) -> list[Contribution]:
+        """In order of site, then base version: the merge must not depend on who arrived first."""
+        return sorted(self.contributions.values(), key=lambda c: (c.site, c.base_version, c.id))
+
+
+def closing(
+    round_: OpenRound, training: Sequence[str], tempos: Sequence[Tempo], policy: Policy, now: float
+) -> Reason | None:
+    """Why the round closes now, or None while it goes on collecting."""
+    if round_.opened_at is None:
+        return None
+    everyone = set(training) <= round_.sites
+    late = now >= round_.opened_at + policy.deadline_seconds
+    if policy.quorum is None:
+        return "complete" if everyone else "deadline" if late else None
+    if round_.quorum_at is None:
+        return None
+    if everyone:
+        return "complete"
+    if late:
+        return "deadline"
+    return "quorum" if now >= round_.quorum_at + grace(round_, tempos, policy) else None
+
+
+def closes_by(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> float | None:
+    """The time at which the round closes if nothing more arrives; None while only an arrival can close it."""
+    if round_.opened_at is None:
+        return None
+    deadline = round_.opened_at + policy.deadline_seconds
+    if policy.quorum is None:
+        return deadline
+    if round_.quorum_at is None:
+        return None
+    return min(deadline, round_.quorum_at + grace(round_, tempos, policy))
+
+
+def grace(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> float:
+    """Seconds to go on collecting after the quorum: γ · max(0, τ·t_step − (t_quorum + t_sync)), from medians of
+    what the sites measured; zero until any has."""
+    if policy.grace_seconds is not None:
+        return policy.grace_seconds
+    if not tempos or round_.opened_at is None or round_.quorum_at is None:
+        return 0.0
+    overlap = statistics.median(tempo.overlap for tempo in tempos)
+    sync = statistics.median(tempo.sync for tempo in tempos)
+    return GRACE_FACTOR * max(0.0, overlap - (round_.quorum_at - round_.opened_at + sync))
+
+
+def weights(contributions: Sequence[Contribution], weighting: Weighting) -> list[float]:
+    """Weights that sum to 1: equal, by tokens, or by tokens²/steps (Decoupled DiLoCo, arXiv 2604.21428)."""
+    if weighting == "uniform":
+        raw = [1.0] * len(contributions)
+    elif weighting == "tokens":
+        raw = [float(c.tokens) for c in contributions]
+    else:
+        raw = [float(c.tokens) ** 2 / max(1, c.steps) for c in contributions]
+    total = sum(raw)
+    if total <= 0:
+        return [1.0 / len(contributions)] * len(contributions)
+    return [value / total for value in raw]

@@ -1,0 +1,320 @@
+"""The coordinator's whole decision-making: one object, events in, decisions out.
+
+The shell calls an event method with the time, journals and carries out the decisions that come back, and
+reports `published` when a merge is done. All of a run's state that matters can be rebuilt from the journal
+(`restore`); what cannot (leases, speeds) is measured again within a heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from coordinator.core import pacing, rounds
+from coordinator.core.membership import Membership, Report
+from coordinator.core.rounds import Contribution, OpenRound, Policy, Reason, Tempo
+from shared.protocol import Code
+
+EVALUATIONS = 20
+"""How often a run's published weights are evaluated over its token budget."""
+EVALUATION_LEASE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a run that decisions depend on."""
+
+    policy: Policy
+    fragments: int
+    tokens: int
+    steps: int
+    equal_time: bool
+    min_sites: int
+
+
+@dataclass(frozen=True)
+class StartRun:
+    """Enough sites are ready: training begins."""
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """Merge these contributions, in this order and with these weights, into `version` of the fragment."""
+
+    fragment: int
+    version: int
+    contributions: tuple[Contribution, ...]
+    weights: tuple[float, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class SiteActive:
+    """The site counts in rounds from now on, or no longer; `expired` where its lease ran out."""
+
+    site: str
+    active: bool
+    expired: bool = False
+
+
+@dataclass(frozen=True)
+class FinishRun:
+    """Every fragment has merged the token budget."""
+
+
+Decision = StartRun | CloseRound | SiteActive | FinishRun
+
+
+@dataclass(frozen=True)
+class Refusal:
+    code: Code
+    detail: str
+
+
+@dataclass
+class FragmentState:
+    """A fragment as the decisions see it. `merging` is the version being made, if any."""
+
+    version: int = 0
+    tokens: int = 0
+    merging: int | None = None
+    open: OpenRound = field(default_factory=OpenRound)
+
+    @property
+    def target(self) -> int:
+        """The version that the open round will become."""
+        return (self.merging or self.version) + 1
+
+
+class RunCore:
+    """Events and the time in, decisions out."""
+
+    def __init__(self, plan: Plan, membership: Membership | None = None) -> None:
+        self.plan = plan
+        self.members = membership or Membership()
+        self.fragments = [FragmentState() for _ in range(plan.fragments)]
+        self.roster: set[str] = set()
+        self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
+        self.started = False
+        self.finished = False
+        self._evaluated = -1
+        self._evaluator: tuple[str, float] | None = None
+
+    # -- what the journal restores
+
+    def restore(
+        self,
+        versions: Sequence[tuple[int, int]],
+        accepted: Iterable[tuple[Contribution, bool]],
+        roster: Iterable[str],
+        active: Iterable[tuple[str, str]],
+        started: bool,
+        evaluated: int,
+        now: float,
+    ) -> list[Decision]:
+        """The state after recovery.
+
+        `versions`: (version, tokens) of each fragment; `accepted`: every contribution in the journal in order of
+        arrival, and whether a published round holds it; `active`: (site, session) of those that took part, which
+        get one fresh lease, so that the first to come back does not pass for all of them.
+        """
+        for state, (version, tokens) in zip(self.fragments, versions, strict=True):
+            state.version, state.tokens = version, tokens
+        self.roster, self.started, self._evaluated = set(roster), started, evaluated
+        for contribution, merged in accepted:
+            self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
+            if not merged:
+                self.fragments[contribution.fragment].open.add(contribution, self.plan.policy, now)
+        for site, session in active:
+            self.members.join(site, session, now, "training")
+        self.finished = all(self.complete(p) for p in range(self.plan.fragments))
+        return self._close_due(now)
+
+    # -- events
+
+    def join(self, site: str, session: str, now: float) -> list[Decision]:
+        """A site joins, or joins again under a new session."""
+        self.members.join(site, session, now)
+        self.roster.add(site)
+        return [SiteActive(site, False), *self._close_due(now)]
+
+    def heartbeat(self, site: str, session: str, report: Report, now: float) -> list[Decision] | Refusal:
+        if (refusal := self._standing(site, session)) is not None:
+            return refusal
+        self.members.renew(site, now)
+        before = self.members.live[site].report.state
+        if before == "training" and report.state != "training":
+            # Sent before the order to start had arrived: from that order on the rounds wait for this site.
+            report = replace(report, state="training")
+        self.members.live[site].report = report
+        decisions: list[Decision] = []
+        if report.state == "training" and before != "training":
+            decisions.append(SiteActive(site, True))
+        return [*decisions, *self._start_if_ready(), *self._close_due(now)]
+
+    def bytes_arrived(self, site: str, now: float) -> None:
+        """Part of an upload came in: the site lives, however long its link keeps heartbeats waiting."""
+        self.members.renew(site, now)
+
+    def leave(self, site: str, session: str, now: float) -> list[Decision] | Refusal:
+        if (refusal := self._standing(site, session)) is not None:
+            return refusal
+        self.members.remove(site)
+        return [SiteActive(site, False), *self._start_if_ready(), *self._close_due(now)]
+
+    def offer(self, site: str, session: str, fragment: int, base_version: int, id_: str) -> Refusal | int | None:
+        """Whether a contribution may come: a Refusal, the version that will hold it if it is here already, or None."""
+        if (refusal := self._standing(site, session)) is not None:
+            return refusal
+        if fragment >= len(self.fragments):
+            return Refusal(Code.WRONG_LAYOUT, f"fragment {fragment} of a run that has {len(self.fragments)}")
+        state = self.fragments[fragment]
+        last_base, last_id = self.last_base.get((site, fragment), (-1, ""))
+        if last_id == id_:
+            return self.holding(fragment, id_)
+        if not self.started:
+            return Refusal(Code.BAD_REQUEST, "the run has not started; wait for the order to start")
+        if self.finished or self.complete(fragment):
+            return Refusal(Code.RUN_FINISHED, f"fragment {fragment} has merged its token budget")
+        if base_version > state.version:
+            return Refusal(
+                Code.UNKNOWN_BASE, f"fragment {fragment} is at version {state.version}, not {base_version} or later"
+            )
+        if base_version <= last_base:
+            return Refusal(
+                Code.ALREADY_CONTRIBUTED, f"a contribution to fragment {fragment} from base {last_base} was accepted"
+            )
+        if (staleness := state.target - 1 - base_version) > self.plan.policy.max_staleness:
+            return Refusal(
+                Code.TOO_STALE,
+                f"base {base_version} of fragment {fragment} is {staleness} versions old; "
+                f"at most {self.plan.policy.max_staleness}",
+            )
+        return None
+
+    def accept(self, contribution: Contribution, now: float) -> tuple[int, list[Decision]]:
+        """The contribution is on disk and in the journal: the version that will hold it, and what follows."""
+        state = self.fragments[contribution.fragment]
+        self.members.renew(contribution.site, now)
+        self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
+        target = state.target
+        state.open.add(contribution, self.plan.policy, now)
+        return target, self._close_due(now)
+
+    def published(self, fragment: int, version: int, tokens: int, now: float) -> list[Decision]:
+        """The merge that CloseRound asked for is durable; `tokens` are those of its contributions."""
+        state = self.fragments[fragment]
+        state.version, state.merging = version, None
+        state.tokens += tokens
+        if not self.finished and all(self.complete(p) for p in range(len(self.fragments))):
+            self.finished = True
+            return [FinishRun()]
+        return self._close_due(now)
+
+    def tick(self, now: float) -> list[Decision]:
+        """Time has passed: leases run out, deadlines and grace windows end."""
+        gone: list[Decision] = [SiteActive(site, False, expired=True) for site in self.members.expire(now)]
+        return [*gone, *self._close_due(now)]
+
+    def evaluated(self, tokens: int) -> None:
+        """An evaluation of the weights at `tokens` merged tokens has come in."""
+        self._evaluated = max(self._evaluated, tokens)
+        self._evaluator = None
+
+    # -- questions
+
+    def next_wakeup(self) -> float | None:
+        """The earliest time at which `tick` has something to do; None where only an event can change things."""
+        times = [self.members.next_expiry()]
+        tempos = self._tempos()
+        times += [
+            rounds.closes_by(state.open, tempos, self.plan.policy)
+            for p, state in enumerate(self.fragments)
+            if state.merging is None and not self.complete(p)
+        ]
+        return min((time for time in times if time is not None), default=None)
+
+    def complete(self, fragment: int) -> bool:
+        """Whether the fragment has merged the run's budget; it then takes no more contributions."""
+        return self.fragments[fragment].tokens >= self.plan.tokens
+
+    def holding(self, fragment: int, id_: str) -> int:
+        """The version that holds an accepted contribution, or the newest one where that is older."""
+        state = self.fragments[fragment]
+        return state.target if id_ in state.open.contributions else state.merging or state.version
+
+    def contributed(self, site: str, fragment: int) -> int:
+        """The base version of the site's last accepted contribution to the fragment; −1: none."""
+        return self.last_base.get((site, fragment), (-1, ""))[0]
+
+    @property
+    def tokens(self) -> int:
+        """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""
+        return sum(state.tokens for state in self.fragments) // len(self.fragments)
+
+    def pace(self, site: str) -> float:
+        """Inner steps of this site's next cycle, with a fraction that it carries on."""
+        speeds = {
+            member.site: 1.0 / member.report.step_seconds
+            for member in self.members.in_state("ready", "training")
+            if member.report.step_seconds > 0
+        }
+        if not self.plan.equal_time or site not in speeds:
+            return float(self.plan.steps)
+        return max(1.0, pacing.paces(speeds, self.plan.steps)[site])
+
+    def shard(self, site: str) -> tuple[int, int]:
+        """(index, count) of the site's part of the data: its rank among all sites that ever joined."""
+        return sorted(self.roster).index(site), len(self.roster)
+
+    def take_evaluation(self, site: str, now: float) -> bool:
+        """Whether this site should evaluate now; the lease goes to one site at a time."""
+        due = self._evaluated < 0 or self.tokens >= self._evaluated + max(1, self.plan.tokens // EVALUATIONS)
+        free = self._evaluator is None or self._evaluator[1] <= now or self._evaluator[0] not in self.members.live
+        if not (due and free and self.started):
+            return False
+        self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
+        return True
+
+    # -- rules
+
+    def _standing(self, site: str, session: str) -> Refusal | None:
+        match self.members.standing(site, session):
+            case "unknown":
+                return Refusal(Code.NOT_A_MEMBER, f"site {site} holds no lease; join again")
+            case "superseded":
+                return Refusal(Code.SUPERSEDED, f"another agent has joined as {site}; stop one of the two")
+            case _:
+                return None
+
+    def _start_if_ready(self) -> list[Decision]:
+        if self.started or len(self.members.in_state("ready")) < self.plan.min_sites:
+            return []
+        self.started = True
+        ready = self.members.in_state("ready")
+        for member in ready:
+            member.report = Report("training", step_seconds=member.report.step_seconds)
+        return [StartRun(), *(SiteActive(member.site, True) for member in ready)]
+
+    def _close_due(self, now: float) -> list[Decision]:
+        training = [member.site for member in self.members.in_state("training")]
+        tempos = self._tempos()
+        decisions: list[Decision] = []
+        for p, state in enumerate(self.fragments):
+            if state.merging is not None or self.finished or self.complete(p):
+                continue
+            reason = rounds.closing(state.open, training, tempos, self.plan.policy, now)
+            if reason is None:
+                continue
+            contributions = state.open.ordered()
+            weights = rounds.weights(contributions, self.plan.policy.weighting)
+            state.merging, state.open = state.target, OpenRound()
+            decisions.append(CloseRound(p, state.merging, tuple(contributions), tuple(weights), reason))
+        return decisions
+
+    def _tempos(self) -> list[Tempo]:
+        return [
+            Tempo(member.report.overlap_seconds, member.report.sync_seconds)
+            for member in self.members.in_state("training")
+            if member.report.sync_seconds > 0
+        ]

@@ -1,0 +1,112 @@
+"""`isthmus coordinator serve`: one coordinator behind one HTTP server, from start to a graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import signal
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from coordinator.api.app import Api
+from coordinator.service import Coordinator
+from shared.config import RunConfig
+from shared.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where and how to serve. `insecure` means without tokens, and is refused beyond loopback."""
+
+    host: str
+    port: int
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None
+    insecure: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that do not go together."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together: name both, or neither")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--client-ca needs --tls-cert and --tls-key")
+        if self.insecure and not _loopback(self.host):
+            raise ConfigError(
+                f"--insecure lets anyone act as any site and so serves loopback only, not {self.host}; "
+                "use --host 127.0.0.1, or drop --insecure and give each site a token"
+            )
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The TLS side of the server; with `client_ca`, only clients with a certificate of it get in."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.tls_cert, self.tls_key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"--tls-cert, --tls-key or --client-ca cannot be used: {error}") from None
+        return context
+
+
+async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> None:
+    """Serves until SIGTERM or SIGINT. Raises ConfigError, CorruptError, OSError, and what `failure` holds."""
+    listen.check()
+    tls = listen.ssl_context()
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    coordinator = await Coordinator.open(config, state, base)
+    api = Api(coordinator, insecure=listen.insecure)
+    runner = web.AppRunner(api.app(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handle_signals=False)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, listen.host, listen.port, ssl_context=tls)
+        try:
+            await site.start()
+        except OSError as error:
+            raise _cannot_listen(listen, error) from None
+        await coordinator.start()
+        port = runner.addresses[0][1]
+        log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", listen.host, port)
+        stop = asyncio.create_task(stopped.wait())
+        ends: set[asyncio.Future[Any]] = {stop, coordinator.failure}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if coordinator.failure.done():
+            coordinator.failure.result()
+        log.info("stopping")
+    finally:
+        api.close()
+        coordinator.publication.close()
+        await runner.cleanup()
+        await coordinator.stop()
+
+
+def _cannot_listen(listen: Listen, error: OSError) -> ConfigError:
+    where = f"{listen.host}:{listen.port}"
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"port {where} is in use by another program; name another --port")
+    return ConfigError(f"cannot listen on {where}: {error.strerror or error}; name another --host or --port")
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,86 @@
+"""The weights of a state directory, as files that other programs load; the daemon may be running or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from coordinator.outer.step import OuterState, Stepped
+from coordinator.store.files import write_durably
+from coordinator.store.journal import StoredRound
+from coordinator.store.recovery import recover
+from coordinator.store.state_dir import StateDir
+from shared.config import RunConfig
+from shared.errors import ConfigError
+from shared.fragments import F32
+from shared.task import load_task
+
+
+def read_states(path: Path) -> tuple[RunConfig, str, list[OuterState]]:
+    """The run's config, its id, and every fragment's state, rebuilt from checkpoints and journal without a write.
+
+    Raises ConfigError, CorruptError, OSError.
+    """
+    store = StateDir(path, read_only=True)
+    try:
+        config = store.config
+        checkpoints = store.checkpoints(config.store.keep_checkpoints)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            states = recover(
+                store.layout, store.journal, store.blobs, checkpoints, store.run_id, pool, _leave_unpublished
+            )
+        return config, store.run_id, states
+    finally:
+        store.close()
+
+
+def _leave_unpublished(round_: StoredRound, stepped: Stepped) -> None:
+    """A reader publishes nothing; a round that was closed and not yet published is part of the state all the same."""
+
+
+def named_weights(states: list[OuterState], *, published: bool) -> dict[str, F32]:
+    """All tensors by name: the masters Θ, or with `published` the Θ̂ that the sites hold."""
+    arrays: dict[str, F32] = {}
+    for state in states:
+        arrays.update(state.fragment.unflatten(state.published if published else state.master))
+    return arrays
+
+
+def export(path: Path, out: Path, form: Literal["safetensors", "hf"], *, published: bool) -> str:
+    """Writes the weights to `out` (a file; for `hf` a directory) and says in one line what they are."""
+    config, run, states = read_states(path)
+    weights = named_weights(states, published=published)
+    versions = [state.version for state in states]
+    metadata = {
+        "format": "pt",
+        "run": run,
+        "weights": "published" if published else "master",
+        "versions": ",".join(map(str, versions)),
+        "tokens": str(sum(state.tokens for state in states) // len(states)),
+    }
+    if form == "hf":
+        files = load_task(config.task.use, config.task.options()).hf_files()
+        if files is None:
+            raise ConfigError(f"task {config.task.use!r} has no Hugging Face form; use --format safetensors")
+        _write(out / "model.safetensors", weights, metadata)
+        for name, content in files.items():
+            (out / name).write_bytes(content)
+    else:
+        _write(out / "model.safetensors" if out.is_dir() else out, weights, metadata)
+    kind = "published" if published else "master"
+    return f"{out}: {kind} weights of run {run}, versions {versions}, {metadata['tokens']} tokens"
+
+
+def _write(path: Path, weights: Mapping[str, F32], metadata: dict[str, str]) -> None:
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, lambda beside: save_file(tensors, beside, metadata))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,187 @@
+"""Intake: a contribution from its announcement to its acknowledgement.
+
+The order is the promise: parts are spooled, the whole is screened, the blob is on disk and synced, the
+journal row is committed, and only then is the contribution acknowledged. Every request may be repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator.core.rounds import Contribution
+from coordinator.core.run import Decision, Refusal, RunCore
+from coordinator.metrics import Metrics
+from coordinator.publication import Publication
+from coordinator.refused import Refused
+from coordinator.store.files import file_digest
+from coordinator.store.journal import Journal
+from coordinator.store.state_dir import StateDir
+from coordinator.uploads import SpooledUpload, Uploads, upload_id
+from coordinator.workers import Workers
+from shared.codecs.kernels import square_sum
+from shared.errors import FormatError
+from shared.protocol import PART_BYTES, Code, OpenUpload, Outcome, Upload
+from shared.wire import Header, container_bound, open_container
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What was found in a contribution's container: its header, sound throughout, and its L2 norm."""
+
+    header: Header
+    norm: float
+
+
+class Intake:
+    """Takes contributions in. `carry_out` gets the decisions that an accepted one leads to."""
+
+    def __init__(
+        self,
+        core: RunCore,
+        store: StateDir,
+        reader: Journal,
+        publication: Publication,
+        workers: Workers,
+        metrics: Metrics,
+        codec: str,
+        clock: Callable[[], float],
+        carry_out: Callable[[list[Decision]], Awaitable[None]],
+    ) -> None:
+        self._core, self._store, self._reader, self._publication = core, store, reader, publication
+        self._workers, self._metrics, self._codec, self._clock = workers, metrics, codec, clock
+        self._carry_out = carry_out
+        self._run, self._layout = store.run_id, store.layout
+        self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
+        self._uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2)
+
+    @property
+    def largest(self) -> int:
+        """The largest contribution, in bytes, that any fragment can need."""
+        return max(self._bounds)
+
+    async def open(self, site: str, message: OpenUpload) -> Upload:
+        """Opens (or finds again) the upload of a contribution; one that brings its body is committed at once."""
+        if message.site != site:
+            raise Refused(Code.NOT_YOUR_SITE, f"site {site} cannot contribute as {message.site}")
+        id_ = upload_id(message)
+        if (held := self._holding(message, id_)) is not None:
+            return Upload(id=id_, part_size=PART_BYTES, parts=[], outcome=Outcome(accepted=True, version=held))
+        bound = self._bounds[message.fragment]
+        if not 0 < message.size <= bound:
+            raise Refused(
+                Code.TOO_LARGE,
+                f"a contribution of {message.size} bytes; fragment {message.fragment} needs 1 to {bound}",
+            )
+        upload = self._uploads.open(id_, message.model_copy(update={"body": None}), self._clock())
+        outcome = None
+        if message.body is not None:
+            if len(message.body) != message.size or upload.part_count != 1:
+                raise Refused(
+                    Code.BAD_REQUEST, f"a body of {len(message.body)} bytes where {message.size} were announced"
+                )
+            await self._spool(upload, 0, message.body)
+            outcome = await self.commit(site, id_)
+        return Upload(id=id_, part_size=PART_BYTES, parts=sorted(upload.parts), outcome=outcome)
+
+    async def put_part(self, site: str, id_: str, part: int, data: bytes) -> None:
+        """Stores one part; the same part again does no harm."""
+        upload = self._upload(site, id_)
+        if not 0 <= part < upload.part_count:
+            raise Refused(Code.BAD_REQUEST, f"part {part} of an upload of {upload.part_count} parts")
+        _, size = upload.part_range(part)
+        if len(data) != size:
+            raise Refused(Code.BAD_REQUEST, f"part {part} has {len(data)} bytes and must have {size}")
+        if part not in upload.parts:
+            await self._spool(upload, part, data)
+
+    async def commit(self, site: str, id_: str) -> Outcome:
+        """Accepts or refuses a finished upload; may be asked again, and then answers the same."""
+        stored = self._reader.contribution(id_)
+        if stored is not None and stored.contribution.site == site:
+            return Outcome(accepted=True, version=self._core.holding(stored.contribution.fragment, id_))
+        upload = self._upload(site, id_)
+        async with upload.lock:
+            if (held := self._holding(upload.opening, id_)) is not None:
+                return Outcome(accepted=True, version=held)
+            if not upload.complete:
+                raise Refused(Code.INCOMPLETE, f"{len(upload.parts)} of {upload.part_count} parts are here")
+            try:
+                return await self._accept(upload)
+            finally:
+                self._uploads.close(upload)
+
+    async def _accept(self, upload: SpooledUpload) -> Outcome:
+        opening = upload.opening
+        base_digest = self._publication.digest(opening.fragment, opening.base_version)
+        try:
+            screened = await self._workers.on(self._workers.screeners, self._screen, upload, base_digest)
+        except FormatError as error:
+            raise Refused(Code.MALFORMED, str(error)) from error
+        except OSError as error:
+            raise self._workers.storage_refusal(error) from error
+        # Looked at again: the screening took time, in which the round may have closed or the site have gone.
+        if (held := self._holding(opening, upload.id)) is not None:
+            return Outcome(accepted=True, version=held)
+        header = screened.header
+        contribution = Contribution(
+            upload.id, opening.site, opening.fragment, opening.base_version, header.tokens, header.steps
+        )
+        await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)
+        await self._workers.write(
+            self._store.journal.accept, contribution, opening.digest, opening.size, screened.norm, time.time()
+        )
+        version, decisions = self._core.accept(contribution, self._clock())
+        self._metrics.accepted.labels(opening.site).inc()
+        self._metrics.contribution_norm.labels(opening.site).set(screened.norm)
+        await self._carry_out(decisions)
+        return Outcome(accepted=True, version=version)
+
+    def _screen(self, upload: SpooledUpload, base_digest: str | None) -> Screened:
+        """Reads the whole contribution once. Raises FormatError naming what is wrong with it, or Refused."""
+        opening = upload.opening
+        if file_digest(upload.path) != opening.digest:
+            raise Refused(Code.WRONG_DIGEST, "the uploaded bytes do not match the announced digest; upload again")
+        with open_container(upload.path, self._layout.fragments[opening.fragment], [self._codec]) as container:
+            header = container.header
+            named = (header.kind, header.run, header.site, header.base_version, header.version)
+            announced = ("contribution", opening.run, opening.site, opening.base_version, opening.base_version)
+            if named != announced:
+                raise FormatError(f"the container names {named} and its upload announced {announced}")
+            if header.digest != base_digest:
+                raise Refused(
+                    Code.WRONG_BASE,
+                    f"base {opening.base_version} of fragment {opening.fragment} at site {opening.site} is not what "
+                    "was published; take a snapshot",
+                )
+            squares = sum(square_sum(values) for values in container.screened())
+        if not np.isfinite(squares):
+            raise FormatError("its values overflow")
+        return Screened(header, float(squares) ** 0.5)
+
+    def _holding(self, opening: OpenUpload, id_: str) -> int | None:
+        """The version that holds this contribution already, or None where it may come. Raises Refused."""
+        p = opening.fragment
+        verdict = self._core.offer(opening.site, opening.session, p, opening.base_version, id_)
+        if isinstance(verdict, Refusal):
+            raise Refused(
+                verdict.code, verdict.detail, self._core.fragments[p].version if p < len(self._bounds) else None
+            )
+        return verdict
+
+    def _upload(self, site: str, id_: str) -> SpooledUpload:
+        upload = self._uploads.get(id_)
+        if upload is None or upload.opening.site != site:
+            raise Refused(Code.UNKNOWN_UPLOAD, f"no upload {id_} is open; open it again")
+        upload.touched = self._clock()
+        return upload
+
+    async def _spool(self, upload: SpooledUpload, part: int, data: bytes) -> None:
+        try:
+            await self._workers.on(self._workers.screeners, upload.write, part, data)
+        except OSError as error:
+            raise self._workers.storage_refusal(error) from error
+        upload.parts.add(part)

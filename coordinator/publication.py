@@ -1,0 +1,145 @@
+"""Published versions: what each fragment's newest one is, its delta, its snapshot, and who waits for the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.outer.step import OuterState
+from coordinator.refused import Refused
+from coordinator.store.files import write_durably
+from coordinator.store.journal import Journal
+from coordinator.store.state_dir import StateDir
+from coordinator.workers import Workers
+from shared.fragments import CHUNK_ELEMENTS
+from shared.protocol import Code
+from shared.wire import Header, encode_flat, tensor_table
+
+SNAPSHOTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Published:
+    """A fragment's newest published version, its digest, and the tokens merged into it."""
+
+    version: int
+    digest: str
+    tokens: int
+
+
+class Publication:
+    """Answers for deltas and snapshots. `newest` is what the journal holds; the states may be a step ahead."""
+
+    def __init__(
+        self,
+        store: StateDir,
+        states: list[OuterState],
+        reader: Journal,
+        workers: Workers,
+        zstd_level: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store, self._states, self._reader, self._workers = store, states, reader, workers
+        self._zstd_level, self._clock = zstd_level, clock
+        self._run = store.run_id
+        self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
+        self._news = [asyncio.Event() for _ in states]
+        self._closed = False
+
+    def publish(self, fragment: int, published: Published) -> None:
+        """The version is in the journal: whoever waits for it may have it."""
+        self.newest[fragment] = published
+        self._wake(fragment)
+
+    def close(self) -> None:
+        """Sends everyone who waits away."""
+        self._closed = True
+        for fragment in range(len(self._news)):
+            self._wake(fragment)
+
+    def digest(self, fragment: int, version: int) -> str | None:
+        """The digest of a version, as long as the journal knows it."""
+        if version == 0:
+            return self._store.initial_digest(fragment)
+        round_ = self._reader.round(fragment, version)
+        return None if round_ is None else round_.published_digest
+
+    async def delta(self, fragment: int, version: int, wait: float) -> tuple[Path, str]:
+        """The delta that leads to `version`, its file and SHA-256; waits up to `wait` seconds for it."""
+        self._check(fragment)
+        deadline = self._clock() + wait
+        while version > (newest := self.newest[fragment].version):
+            left = deadline - self._clock()
+            if left <= 0 or self._closed:
+                raise Refused(
+                    Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}, not yet at {version}", newest
+                )
+            try:
+                async with asyncio.timeout(left):
+                    await self._news[fragment].wait()
+            except TimeoutError:
+                continue
+        round_ = self._reader.round(fragment, version)
+        if round_ is None or round_.delta is None or not self._store.blobs.has(round_.delta, round_.delta_size or 0):
+            raise Refused(
+                Code.VERSION_GONE, f"the delta to version {version} is no longer kept; take a snapshot", newest
+            )
+        return self._store.blobs.path(round_.delta), round_.delta
+
+    async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:
+        """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and ETag."""
+        self._check(fragment)
+        path = self._store.snapshots / f"p{fragment:04d}-v{version:09d}.isthmus"
+        newest = self.newest[fragment].version
+        if version > newest:
+            raise Refused(Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}", newest)
+        if not path.exists():
+            try:
+                made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment, version, path)
+            except OSError as error:
+                raise self._workers.storage_refusal(error) from error
+            if not made:
+                newest = self.newest[fragment].version
+                raise Refused(Code.VERSION_GONE, f"version {version} of fragment {fragment} is superseded", newest)
+        return path, f"{self._run}-p{fragment}-v{version}"
+
+    def _make_snapshot(self, fragment: int, version: int, path: Path) -> bool:
+        """On the merge thread, where the state stands still. False where the state has moved on."""
+        state = self._states[fragment]
+        if state.version != version or path.exists():
+            return path.exists()
+        header = Header(
+            kind="snapshot",
+            run=self._run,
+            site="",
+            fragment=fragment,
+            base_version=version,
+            version=version,
+            digest=state.digest,
+            codec="fp32",
+            zstd=self._zstd_level > 0,
+            chunk=CHUNK_ELEMENTS,
+            tensors=tensor_table(state.fragment),
+            tokens=state.tokens,
+            steps=0,
+            sizes=[],
+        )
+        data = encode_flat(header, state.fragment, state.published, self._zstd_level)
+        write_durably(path, lambda beside: _write_bytes(beside, data))
+        for old in sorted(self._store.snapshots.glob(f"p{fragment:04d}-v*.isthmus"))[:-SNAPSHOTS_KEPT]:
+            old.unlink(missing_ok=True)
+        return True
+
+    def _check(self, fragment: int) -> None:
+        if fragment >= len(self._states):
+            raise Refused(Code.NOT_FOUND, f"the run has fragments 0 to {len(self._states) - 1}, not {fragment}")
+
+    def _wake(self, fragment: int) -> None:
+        self._news[fragment].set()
+        self._news[fragment] = asyncio.Event()
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

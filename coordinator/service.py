@@ -1,0 +1,376 @@
+"""The coordinator at work: carries out what the core decides, and answers what the API asks.
+
+One event loop owns the core; nothing else touches it. The order of things is the promise: a round's row is
+in the journal before its merge begins, the delta is on disk before the version's row, and the row is there
+before anyone is told of the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from coordinator.core.membership import Report
+from coordinator.core.rounds import Policy
+from coordinator.core.run import CloseRound, Decision, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
+from coordinator.intake import Intake
+from coordinator.metrics import Metrics
+from coordinator.outer.step import OuterRule, OuterState, Stepped, warm_up
+from coordinator.publication import Publication, Published
+from coordinator.refused import Refused
+from coordinator.store.files import tree_bytes
+from coordinator.store.journal import Journal, StoredRound
+from coordinator.store.recovery import execute, recover
+from coordinator.store.state_dir import StateDir
+from coordinator.workers import Workers
+from shared.config import RunConfig
+from shared.errors import IsthmusError
+from shared.fragments import F32, Layout
+from shared.protocol import PROTOCOL, Code, FragmentVersion, Heartbeat, Join, Joined, Orders, Preview, ShardMessage
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """The part of a run config that decisions depend on."""
+    rounds = config.rounds
+    return Plan(
+        policy=Policy(
+            quorum=None if rounds.quorum == "all" else int(rounds.quorum),
+            grace_seconds=None if rounds.grace_seconds == "auto" else float(rounds.grace_seconds),
+            deadline_seconds=rounds.deadline_seconds,
+            max_staleness=rounds.max_staleness,
+            weighting=rounds.weighting,
+        ),
+        fragments=rounds.fragments,
+        tokens=config.run.tokens,
+        steps=config.inner.steps,
+        equal_time=rounds.pacing == "equal-time",
+        min_sites=config.run.min_sites,
+    )
+
+
+def rule_of(config: RunConfig) -> OuterRule:
+    """The outer rule that rounds closed from now on are carried out under."""
+    outer, wire = config.outer, config.wire
+    momentum = outer.momentum if outer.optimizer == "nesterov" else 0.0
+    return OuterRule(outer.optimizer, outer.lr, momentum, wire.publish, wire.zstd_level)
+
+
+class Coordinator:
+    """A run being coordinated: `open` it, `start` it on a running loop, let the API call it, `stop` it.
+
+    `failure` is done with an exception once the coordinator cannot go on (a blob that it acknowledged cannot
+    be read, say); the daemon then exits, and a restart recovers or says what is broken.
+    """
+
+    def __init__(self, config: RunConfig, store: StateDir, states: list[OuterState], workers: Workers) -> None:
+        self.config, self.store = config, store
+        self.run_id, self.layout = store.run_id, store.layout
+        self.metrics, self.workers = workers.metrics, workers
+        self.core = RunCore(plan_of(config))
+        self.clock: Callable[[], float] = time.monotonic
+        self.reader = Journal(store.journal.path, read_only=True)
+        self.evaluations = self.reader.evaluations()
+        self.failure: asyncio.Future[None] = asyncio.Future()
+        self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
+        self.intake = Intake(
+            self.core,
+            store,
+            self.reader,
+            self.publication,
+            workers,
+            self.metrics,
+            config.wire.upload,
+            self.clock,
+            self._carry_out,
+        )
+        self._states = states
+        self._checkpoints = store.checkpoints(config.store.keep_checkpoints)
+        self._merge_reader = Journal(store.journal.path, read_only=True)
+        self._steady = [asyncio.Lock() for _ in states]
+        self._merges: set[asyncio.Task[None]] = set()
+        self._timekeeper: asyncio.Task[None] | None = None
+
+    # -- life
+
+    @classmethod
+    async def open(cls, config: RunConfig, path: Path, base: Path) -> Coordinator:
+        """Holds the state directory; starts the run, or recovers it. Relative files in the config count from `base`.
+
+        Raises ConfigError, CorruptError, OSError.
+        """
+        store = StateDir.hold(path)
+        workers = Workers(Metrics())
+        try:
+            states = await asyncio.to_thread(_open_states, config, store, workers, base)
+            coordinator = cls(config, store, states, workers)
+        except BaseException:
+            workers.shutdown()
+            store.close()
+            raise
+        return coordinator
+
+    async def start(self) -> None:
+        """Takes up the rounds where the journal left them, and begins to keep time."""
+        sites = self.reader.sites()
+        decisions = self.core.restore(
+            versions=[(published.version, published.tokens) for published in self.publication.newest],
+            accepted=((s.contribution, s.merged) for s in self.reader.contributions(newest_of_each=True)),
+            roster=(site.name for site in sites if site.joined),
+            active=((site.name, site.session or "") for site in sites if site.active),
+            started=self.reader.meta("started") == "1",
+            evaluated=max((tokens for tokens, _ in self.evaluations), default=-1),
+            now=self.clock(),
+        )
+        self._timekeeper = asyncio.create_task(self._keep_time())
+        self._timekeeper.add_done_callback(self._ended)
+        await self._carry_out(decisions)
+
+    async def stop(self) -> None:
+        """Lets the merges and writes that are under way finish, then closes everything."""
+        self.publication.close()
+        if self._timekeeper is not None:
+            self._timekeeper.cancel()
+        await asyncio.gather(*self._merges, return_exceptions=True)
+        await asyncio.to_thread(self.workers.shutdown)
+        for journal in (self.reader, self._merge_reader):
+            journal.close()
+        self.store.close()
+        self.failure.cancel()
+
+    # -- the control plane
+
+    async def join(self, site: str, message: Join) -> Joined:
+        """Lets a site in under a new session, and tells it all that it needs to train."""
+        if message.protocol != PROTOCOL:
+            raise Refused(
+                Code.WRONG_PROTOCOL, f"site {site} speaks protocol {message.protocol}, this coordinator {PROTOCOL}"
+            )
+        session = uuid.uuid4().hex
+        await self.workers.write(self.store.journal.site_joined, site, session)
+        await self._carry_out(self.core.join(site, session, self.clock()))
+        log.info("site %s joined (%s)", site, ", ".join(f"{k} {v}" for k, v in message.software.items()))
+        return Joined(
+            run=self.run_id,
+            session=session,
+            config=self.config.model_dump(mode="json"),
+            layout=self.layout.to_wire(),
+            fragments=[
+                FragmentVersion(
+                    version=newest.version,
+                    digest=newest.digest,
+                    tokens=newest.tokens,
+                    contributed=self.core.contributed(site, p),
+                )
+                for p, newest in enumerate(self.publication.newest)
+            ],
+            lease_seconds=self.core.members.lease_seconds,
+            orders=self._orders(site),
+        )
+
+    def preview(self) -> Preview:
+        """What a site would join."""
+        return Preview(
+            run=self.run_id,
+            config=self.config.model_dump(mode="json"),
+            layout=self.layout.to_wire(),
+            versions=[newest.version for newest in self.publication.newest],
+            sites=len(self.core.roster),
+        )
+
+    async def heartbeat(self, site: str, message: Heartbeat) -> Orders:
+        """Renews the site's lease, takes its report, and answers with its orders."""
+        self.check_run(message.run)
+        report = Report(
+            message.state,
+            message.steps,
+            message.tokens,
+            message.step_seconds,
+            message.overlap_seconds,
+            message.sync_seconds,
+            message.training_share,
+            message.loss,
+            message.repairs,
+        )
+        await self._carry_out(_allowed(self.core.heartbeat(site, message.session, report, self.clock())))
+        self.metrics.show_report(site, report)
+        if message.evaluation is not None:
+            await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
+        return self._orders(site)
+
+    async def leave(self, site: str, run: str, session: str) -> None:
+        """A clean leave: rounds no longer wait for this site."""
+        self.check_run(run)
+        await self._carry_out(_allowed(self.core.leave(site, session, self.clock())))
+        log.info("site %s left", site)
+
+    def check_run(self, run: str) -> None:
+        """Every request names its run. Raises Refused where it is another one."""
+        if run != self.run_id:
+            raise Refused(Code.WRONG_RUN, f"this coordinator serves run {self.run_id}, not {run}")
+
+    async def exposition(self) -> bytes:
+        """The metrics, with the sizes on disk as of now."""
+        self.metrics.show_sizes(*await asyncio.to_thread(_sizes, self.store))
+        return self.metrics.exposition()
+
+    # -- carrying out decisions
+
+    async def _carry_out(self, decisions: Iterable[Decision]) -> None:
+        journal, durably = self.store.journal, self.workers.durably
+        for decision in decisions:
+            match decision:
+                case StartRun():
+                    await durably(self.workers.writer, "the start", journal.set_meta, started="1")
+                    log.info("training starts with %s", ", ".join(sorted(self.core.members.live)))
+                case SiteActive(site, active, expired):
+                    if expired:
+                        self.metrics.leases_lost.labels(site).inc()
+                        log.warning("nothing was heard of site %s within its lease; rounds go on without it", site)
+                    await durably(self.workers.writer, "a site's standing", journal.site_active, site, active)
+                case CloseRound():
+                    members = list(zip(decision.contributions, decision.weights, strict=True))
+                    await durably(
+                        self.workers.writer,
+                        "a round",
+                        journal.close_round,
+                        decision.fragment,
+                        decision.version,
+                        decision.reason,
+                        members,
+                        rule_of(self.config),
+                        time.time(),
+                    )
+                    task = asyncio.create_task(self._merge(decision))
+                    self._merges.add(task)
+                    task.add_done_callback(self._ended)
+                case FinishRun():
+                    log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
+                    await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all)
+        self.metrics.show_core(self.core)
+
+    async def _merge(self, close: CloseRound) -> None:
+        """One round from its journal row to its publication."""
+        # Held until a due checkpoint is written: it must not catch a step that the journal does not know yet.
+        async with self._steady[close.fragment]:
+            await self._merge_steadily(close)
+
+    async def _merge_steadily(self, close: CloseRound) -> None:
+        began = self.clock()
+        p, version, workers = close.fragment, close.version, self.workers
+        stepped = await workers.on(workers.merger, self._execute, p, version)
+        merged = self.clock()
+        digest = await workers.durably(workers.merger, "a delta", self.store.blobs.put, stepped.delta)
+        await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, time.time())
+        decisions = self.core.published(p, version, stepped.tokens, self.clock())
+        self.publication.publish(p, Published(version, stepped.published_digest, self.core.fragments[p].tokens))
+        self.metrics.show_round(close, stepped.merged_norm, merged - began, self.clock() - began)
+        log.debug("fragment %d is at version %d (%s, %d)", p, version, close.reason, len(close.contributions))
+        await self._carry_out(decisions)
+        if version % self.config.store.checkpoint_versions == 0:
+            await workers.durably(workers.merger, "a checkpoint", self._checkpoint, p)
+
+    def _execute(self, fragment: int, version: int) -> Stepped:
+        round_ = self._merge_reader.round(fragment, version)
+        if round_ is None:
+            raise IsthmusError(f"round {fragment}/{version} is not in the journal")
+        state = self._states[fragment]
+        return execute(state, round_, self._merge_reader, self.store.blobs, self.run_id, self.workers.chunks)
+
+    def _checkpoint_all(self) -> None:
+        for p in range(len(self._states)):
+            self._checkpoint(p)
+
+    def _checkpoint(self, fragment: int) -> None:
+        """On the merge thread: saves the fragment, then drops what no checkpoint and no site needs any more."""
+        self._checkpoints.save(self._states[fragment])
+        oldest = self._checkpoints.entries(fragment)[-1].version
+        oldest_delta = self._states[fragment].version - self.config.store.keep_versions + 1
+        pruned = self.workers.writer.submit(self.store.journal.prune, fragment, oldest, oldest_delta)
+        for digest in pruned.result():
+            self.store.blobs.remove(digest)
+
+    async def _keep_time(self) -> None:
+        while True:
+            wakeup = self.core.next_wakeup()
+            pause = TICK_SECONDS if wakeup is None else min(TICK_SECONDS, max(0.01, wakeup - self.clock()))
+            due = self.clock() + pause
+            await asyncio.sleep(pause)
+            self.metrics.loop_lag.set(max(0.0, self.clock() - due))
+            await self._carry_out(self.core.tick(self.clock()))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._merges.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error(
+            "the coordinator cannot go on: %s", error, exc_info=None if isinstance(error, IsthmusError) else error
+        )
+        if not self.failure.done():
+            self.failure.set_exception(error)
+
+    async def _evaluated(self, site: str, tokens: int, loss: float) -> None:
+        self.core.evaluated(tokens)
+        await self.workers.write(self.store.journal.evaluate, site, tokens, loss, time.time())
+        self.evaluations.append((tokens, loss))
+        self.metrics.eval_loss.set(loss)
+        log.info("eval loss %.4f at %d tokens (by %s)", loss, tokens, site)
+
+    def _orders(self, site: str) -> Orders:
+        index, count = self.core.shard(site)
+        pace = self.core.pace(site)
+        self.metrics.site_pace.labels(site).set(pace)
+        return Orders(
+            started=self.core.started,
+            finished=self.core.finished,
+            sites=max(1, len(self.core.members.live)),
+            pace=pace,
+            shard=ShardMessage(index=index, count=count, seed=self.config.run.seed),
+            tokens=self.core.tokens,
+            evaluate=self.core.take_evaluation(site, self.clock()),
+        )
+
+
+def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Path) -> list[OuterState]:
+    """The fragments' states: of a new run, or recovered."""
+
+    def initial() -> tuple[Layout, list[F32]]:
+        # Imported for a new run only: it needs torch, and nothing else in the daemon does.
+        from coordinator.initial import initial_weights
+
+        return initial_weights(config, base)
+
+    new = store.adopt_run(config, initial)
+    warm_up()
+
+    def publish(round_: StoredRound, stepped: Stepped) -> None:
+        store.journal.publish(round_.fragment, stepped, store.blobs.put(stepped.delta), time.time())
+
+    began = time.monotonic()
+    checkpoints = store.checkpoints(config.store.keep_checkpoints)
+    states = recover(store.layout, store.journal, store.blobs, checkpoints, store.run_id, workers.chunks, publish)
+    seconds, versions = time.monotonic() - began, [state.version for state in states]
+    log.info("run %s: %s, versions %s, in %.2f s", store.run_id, "new" if new else "recovered", versions, seconds)
+    return states
+
+
+def _allowed(decisions: list[Decision] | Refusal) -> list[Decision]:
+    if isinstance(decisions, Refusal):
+        raise Refused(decisions.code, decisions.detail)
+    return decisions
+
+
+def _sizes(store: StateDir) -> tuple[int, int, int]:
+    """Bytes of the journal, of the whole state directory, and free on its disk."""
+    journal = store.journal.path
+    files = (journal, journal.with_name(journal.name + "-wal"))
+    held = sum(file.stat().st_size for file in files if file.exists())
+    return held, tree_bytes(store.path), shutil.disk_usage(store.path).free

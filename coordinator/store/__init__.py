@@ -1,0 +1,1 @@
+"""What survives: the journal, content-addressed blobs, checkpoints, and recovery from them."""

@@ -1,0 +1,111 @@
+"""Checkpoints: Θ, momentum and Θ̂ of one fragment in one safetensors file, and a manifest of all that are kept.
+
+A fragment is checkpointed by itself, right after its own outer step, so that no moment has to write the
+whole model while every round waits. The file's metadata names run, version, tokens and digests, and a file
+is used only once its bytes have reproduced these digests.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coordinator.outer.step import OuterState
+from coordinator.store.files import write_durably
+from shared.errors import CorruptError
+from shared.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept checkpoint as the manifest lists it."""
+
+    fragment: int
+    version: int
+    file: str
+
+
+class Checkpoints:
+    """The checkpoint files of one run, in one directory."""
+
+    def __init__(self, directory: Path, run: str, keep: int) -> None:
+        self.directory, self.run, self.keep = directory, run, keep
+
+    def entries(self, fragment: int) -> list[Entry]:
+        """The fragment's kept checkpoints, newest first. Raises CorruptError where the manifest is unreadable."""
+        return sorted((e for e in self._manifest() if e.fragment == fragment), key=lambda e: -e.version)
+
+    def save(self, state: OuterState) -> None:
+        """Writes a checkpoint of `state`, lists it, and drops the oldest beyond `keep`. Raises OSError."""
+        entry = Entry(
+            state.fragment.index, state.version, f"p{state.fragment.index:04d}-v{state.version:09d}.safetensors"
+        )
+        published, master, momentum = state.digests()
+        metadata = {
+            "run": self.run,
+            "fragment": str(entry.fragment),
+            "version": str(state.version),
+            "tokens": str(state.tokens),
+            "published_digest": published,
+            "master_digest": master,
+            "momentum_digest": momentum,
+        }
+        tensors = {"master": state.master, "momentum": state.momentum, "published": state.published}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_durably(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
+        mine = [entry, *(e for e in self.entries(entry.fragment) if e.version != entry.version)]
+        others = [e for e in self._manifest() if e.fragment != entry.fragment]
+        kept, dropped = mine[: self.keep], mine[self.keep :]
+        listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in (*others, *kept)]}, indent=1)
+        write_durably(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
+        for entry in dropped:
+            (self.directory / entry.file).unlink(missing_ok=True)
+
+    def load(self, entry: Entry, fragment: Fragment) -> OuterState:
+        """The state in a checkpoint, verified. Raises CorruptError naming the file."""
+        path = self.directory / entry.file
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in ("master", "momentum", "published")}
+        except (OSError, SafetensorError) as error:
+            raise CorruptError(f"checkpoint {path} cannot be read: {error}") from None
+        if any(a.dtype != np.float32 or a.shape != (fragment.size,) for a in arrays.values()):
+            raise CorruptError(f"checkpoint {path} does not have the shape of fragment {fragment.index}")
+        try:
+            state = OuterState(
+                fragment,
+                arrays["master"],
+                arrays["momentum"],
+                arrays["published"],
+                int(metadata["version"]),
+                int(metadata["tokens"]),
+                metadata["published_digest"],
+            )
+            expected = (metadata["published_digest"], metadata["master_digest"], metadata["momentum_digest"])
+        except (KeyError, ValueError) as error:
+            raise CorruptError(f"checkpoint {path} lacks its metadata: {error}") from None
+        if metadata.get("run") != self.run or state.version != entry.version:
+            raise CorruptError(f"checkpoint {path} is of run {metadata.get('run')!r}, not {self.run!r}")
+        if state.digests() != expected:
+            raise CorruptError(f"checkpoint {path} is corrupt: its tensors do not match their digests")
+        return state
+
+    def _manifest(self) -> list[Entry]:
+        path = self.directory / "manifest.json"
+        if not path.exists():
+            return []
+        try:
+            listing = json.loads(path.read_text(encoding="utf-8"))
+            return [Entry(int(e["fragment"]), int(e["version"]), str(e["file"])) for e in listing["checkpoints"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"manifest {path} is corrupt: {error}; restore it from a backup") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

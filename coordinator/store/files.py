@@ -1,0 +1,120 @@
+"""Durable files: written beside, synced, renamed, so that a file is either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+from shared.errors import CorruptError
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames within `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a temporary file beside `path`; it is synced and takes that name. Raises OSError."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(beside)
+        descriptor = os.open(beside, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        beside.rename(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below `directory`; files that vanish meanwhile do not count."""
+    total = 0
+    for root, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += (Path(root) / name).lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+class Blobs:
+    """Immutable files named by their SHA-256: `blobs/ab/abcdef…`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, digest: str) -> Path:
+        return self.directory / digest[:2] / digest
+
+    def has(self, digest: str, size: int) -> bool:
+        path = self.path(digest)
+        return path.is_file() and path.stat().st_size == size
+
+    def put(self, data: bytes) -> str:
+        """Stores `data` durably and returns its digest. Raises OSError where the disk refuses."""
+        digest = sha256(data).hexdigest()
+        if not self.has(digest, len(data)):
+            self._prepare(digest)
+            write_durably(self.path(digest), lambda beside: _fill(beside, data))
+        return digest
+
+    def adopt(self, source: Path, digest: str) -> None:
+        """Moves the finished file `source`, whose digest the caller has checked, into place, durably."""
+        self._prepare(digest)
+        descriptor = os.open(source, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        source.rename(self.path(digest))
+        sync_directory(self.path(digest).parent)
+
+    def verify(self, digest: str) -> Path:
+        """The blob's path, once its bytes have been found to match. Raises CorruptError."""
+        path = self.path(digest)
+        try:
+            with path.open("rb") as file:
+                found = _file_digest(file.fileno())
+        except OSError as error:
+            raise CorruptError(f"blob {path} cannot be read: {error.strerror}; restore it from a backup") from None
+        if found != digest:
+            raise CorruptError(f"blob {path} is corrupt: its bytes do not match its name; restore it from a backup")
+        return path
+
+    def remove(self, digest: str) -> None:
+        self.path(digest).unlink(missing_ok=True)
+
+    def _prepare(self, digest: str) -> None:
+        parent = self.path(digest).parent
+        if not parent.is_dir():
+            parent.mkdir(parents=True, exist_ok=True)
+            sync_directory(self.directory)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read in bounded pieces."""
+    with path.open("rb") as file:
+        return _file_digest(file.fileno())
+
+
+def _file_digest(descriptor: int) -> str:
+    digest = sha256()
+    while piece := os.read(descriptor, 1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,364 @@
+"""The journal: one SQLite file (WAL, synchronous FULL) that the state is a fold of.
+
+Each method is one transaction, durable when it returns. Contributions are rows in order of acceptance; a
+round row fixes, before the merge begins, exactly which contributions it holds, in which order, with which
+weights, and under which outer rule; after the merge it gets the digests that a replay must reproduce.
+Tensor bytes live in blobs, never here.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from coordinator.core.rounds import Contribution
+from coordinator.outer.step import OuterRule, Stepped
+from shared.errors import CorruptError
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sites (
+    name TEXT PRIMARY KEY, salt BLOB, token_hash BLOB, revoked INTEGER NOT NULL DEFAULT 0, added_at REAL,
+    session TEXT, joined INTEGER NOT NULL DEFAULT 0, active INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contributions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, site TEXT NOT NULL, fragment INTEGER NOT NULL,
+    base_version INTEGER NOT NULL, tokens INTEGER NOT NULL, steps INTEGER NOT NULL, blob TEXT NOT NULL,
+    size INTEGER NOT NULL, norm REAL NOT NULL, accepted_at REAL NOT NULL, round INTEGER,
+    pruned INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS open_contributions ON contributions (round);
+CREATE TABLE IF NOT EXISTS rounds (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, fragment INTEGER NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL,
+    rule TEXT NOT NULL, contributions TEXT NOT NULL, tokens INTEGER NOT NULL, closed_at REAL NOT NULL,
+    published_at REAL, delta TEXT, delta_size INTEGER, published_digest TEXT, master_digest TEXT, momentum_digest TEXT,
+    pruned INTEGER NOT NULL DEFAULT 0, UNIQUE (fragment, version)
+);
+CREATE TABLE IF NOT EXISTS evaluations (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, tokens INTEGER NOT NULL, loss REAL NOT NULL,
+    at REAL NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class StoredContribution:
+    """A contribution's row: what the core knows, and where its bytes are."""
+
+    contribution: Contribution
+    blob: str
+    size: int
+    norm: float
+    merged: bool
+
+
+@dataclass(frozen=True)
+class StoredRound:
+    """A round's row. What comes after the merge is None until it is published."""
+
+    fragment: int
+    version: int
+    reason: str
+    rule: OuterRule
+    members: tuple[tuple[str, float], ...]
+    tokens: int
+    closed_at: float
+    published_at: float | None
+    delta: str | None
+    delta_size: int | None
+    published_digest: str | None
+    master_digest: str | None
+    momentum_digest: str | None
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    name: str
+    session: str | None
+    joined: bool
+    active: bool
+    revoked: bool
+    has_token: bool
+    added_at: float | None
+
+
+class Journal:
+    """One connection to the journal. Not for use by two threads at once."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Opens (and, unless `read_only`, creates) the journal. Raises CorruptError."""
+        self.path = path
+        uri = f"{path.resolve().as_uri()}{'?mode=ro' if read_only else ''}"
+        with self._reading():
+            self._db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
+            try:
+                self._prepare(read_only)
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _prepare(self, read_only: bool) -> None:
+        self._db.row_factory = sqlite3.Row
+        if not read_only:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found))
+        if not read_only:
+            self._db.executescript(_SCHEMA)
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
+        if (schema := self.meta("schema")) != str(SCHEMA_VERSION):
+            raise CorruptError(f"journal {self.path} has schema {schema}; this version reads {SCHEMA_VERSION}")
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- facts about the run
+
+    def meta(self, key: str) -> str | None:
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else str(row["value"])
+
+    def set_meta(self, **values: str) -> None:
+        with self._transaction("meta"):
+            for key, value in values.items():
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # -- sites
+
+    def put_token(self, site: str, salt: bytes, token_hash: bytes, at: float) -> None:
+        with self._transaction("token"):
+            self._db.execute(
+                "INSERT INTO sites (name, salt, token_hash, added_at) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE"
+                " SET salt = excluded.salt, token_hash = excluded.token_hash, added_at = excluded.added_at,"
+                " revoked = 0",
+                (site, salt, token_hash, at),
+            )
+
+    def revoke_token(self, site: str) -> bool:
+        """Whether there was a token to revoke."""
+        with self._transaction("token"):
+            done = self._db.execute(
+                "UPDATE sites SET revoked = 1 WHERE name = ? AND token_hash IS NOT NULL AND NOT revoked", (site,)
+            )
+        return done.rowcount > 0
+
+    def token(self, site: str) -> tuple[bytes, bytes] | None:
+        """(salt, hash) of the site's valid token."""
+        row = self._one("SELECT salt, token_hash FROM sites WHERE name = ? AND NOT revoked", site)
+        return None if row is None or row["token_hash"] is None else (row["salt"], row["token_hash"])
+
+    def sites(self) -> list[SiteRow]:
+        with self._reading():
+            rows = self._db.execute("SELECT * FROM sites ORDER BY name").fetchall()
+        return [
+            SiteRow(
+                row["name"],
+                row["session"],
+                bool(row["joined"]),
+                bool(row["active"]),
+                bool(row["revoked"]),
+                row["token_hash"] is not None,
+                row["added_at"],
+            )
+            for row in rows
+        ]
+
+    def site_joined(self, site: str, session: str) -> None:
+        with self._transaction("join"):
+            self._db.execute(
+                "INSERT INTO sites (name, session, joined) VALUES (?, ?, 1)"
+                " ON CONFLICT (name) DO UPDATE SET session = excluded.session, joined = 1, active = 0",
+                (site, session),
+            )
+
+    def site_active(self, site: str, active: bool) -> None:
+        with self._transaction("active"):
+            self._db.execute("UPDATE sites SET active = ? WHERE name = ?", (int(active), site))
+
+    # -- contributions and rounds
+
+    def accept(self, contribution: Contribution, blob: str, size: int, norm: float, at: float) -> None:
+        """The acknowledgement's truth: once this returns, the contribution cannot be lost."""
+        with self._transaction("accept"):
+            self._db.execute(
+                "INSERT INTO contributions"
+                " (id, site, fragment, base_version, tokens, steps, blob, size, norm, accepted_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*asdict(contribution).values(), blob, size, norm, at),
+            )
+
+    def close_round(
+        self,
+        fragment: int,
+        version: int,
+        reason: str,
+        members: Sequence[tuple[Contribution, float]],
+        rule: OuterRule,
+        at: float,
+    ) -> None:
+        """Fixes what the merge of this round will do, before it begins."""
+        with self._transaction("close"):
+            cursor = self._db.execute(
+                "INSERT INTO rounds (fragment, version, reason, rule, contributions, tokens, closed_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    fragment,
+                    version,
+                    reason,
+                    json.dumps(asdict(rule)),
+                    json.dumps([[contribution.id, weight] for contribution, weight in members]),
+                    sum(contribution.tokens for contribution, _ in members),
+                    at,
+                ),
+            )
+            self._db.executemany(
+                "UPDATE contributions SET round = ? WHERE id = ?",
+                [(cursor.lastrowid, contribution.id) for contribution, _ in members],
+            )
+
+    def publish(self, fragment: int, stepped: Stepped, delta: str, at: float) -> None:
+        """The merge is done and its delta is on disk: the version exists from now on."""
+        with self._transaction("publish"):
+            self._db.execute(
+                "UPDATE rounds SET published_at = ?, delta = ?, delta_size = ?, published_digest = ?,"
+                " master_digest = ?, momentum_digest = ? WHERE fragment = ? AND version = ?",
+                (
+                    at,
+                    delta,
+                    len(stepped.delta),
+                    stepped.published_digest,
+                    stepped.master_digest,
+                    stepped.momentum_digest,
+                    fragment,
+                    stepped.version,
+                ),
+            )
+
+    def contribution(self, id_: str) -> StoredContribution | None:
+        row = self._one("SELECT * FROM contributions WHERE id = ?", id_)
+        return None if row is None else _contribution(row)
+
+    def contributions(self, *, newest_of_each: bool = False) -> list[StoredContribution]:
+        """In order of acceptance: those that no round holds, and with `newest_of_each` the last one of each
+        site and fragment besides."""
+        newest = "OR seq IN (SELECT MAX(seq) FROM contributions GROUP BY site, fragment)" if newest_of_each else ""
+        with self._reading():
+            rows = self._db.execute(f"SELECT * FROM contributions WHERE round IS NULL {newest} ORDER BY seq").fetchall()
+        return [_contribution(row) for row in rows]
+
+    def rounds(self, fragment: int, after: int) -> list[StoredRound]:
+        """The fragment's rounds of versions above `after`, in order."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT * FROM rounds WHERE fragment = ? AND version > ? ORDER BY version", (fragment, after)
+            ).fetchall()
+        return [_round(row) for row in rows]
+
+    def round(self, fragment: int, version: int) -> StoredRound | None:
+        row = self._one("SELECT * FROM rounds WHERE fragment = ? AND version = ?", fragment, version)
+        return None if row is None else _round(row)
+
+    # -- evaluations
+
+    def evaluate(self, site: str, tokens: int, loss: float, at: float) -> None:
+        with self._transaction("evaluate"):
+            self._db.execute(
+                "INSERT INTO evaluations (site, tokens, loss, at) VALUES (?, ?, ?, ?)", (site, tokens, loss, at)
+            )
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(merged tokens, loss) in order."""
+        with self._reading():
+            rows = self._db.execute("SELECT tokens, loss FROM evaluations ORDER BY seq").fetchall()
+        return [(row["tokens"], row["loss"]) for row in rows]
+
+    # -- retention
+
+    def prune(self, fragment: int, checkpoint: int, oldest_delta: int) -> list[str]:
+        """Marks as pruned, and names, the blobs that are no longer needed: of contributions merged at or before the
+        version `checkpoint`, and of deltas before `oldest_delta`. The caller then removes the files."""
+        with self._transaction("prune"):
+            merged = (
+                "SELECT c.blob FROM contributions c JOIN rounds r ON c.round = r.seq"
+                " WHERE r.fragment = ? AND r.version <= ? AND NOT c.pruned"
+            )
+            blobs = [row["blob"] for row in self._db.execute(merged, (fragment, checkpoint))]
+            self._db.execute(
+                "UPDATE contributions SET pruned = 1 WHERE round IN"
+                " (SELECT seq FROM rounds WHERE fragment = ? AND version <= ?)",
+                (fragment, checkpoint),
+            )
+            old = "fragment = ? AND version < ? AND NOT pruned AND published_at IS NOT NULL"
+            deltas = [
+                row["delta"]
+                for row in self._db.execute(f"SELECT delta FROM rounds WHERE {old}", (fragment, oldest_delta))
+            ]
+            self._db.execute(f"UPDATE rounds SET pruned = 1 WHERE {old}", (fragment, oldest_delta))
+        return blobs + deltas
+
+    # -- plumbing
+
+    def _one(self, statement: str, *parameters: object) -> sqlite3.Row | None:
+        with self._reading():
+            row: sqlite3.Row | None = self._db.execute(statement, parameters).fetchone()
+        return row
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"journal {self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise CorruptError(
+                f"journal {self.path} is corrupt ({error}); restore the state directory from a backup"
+            ) from error
+
+    @contextmanager
+    def _transaction(self, name: str) -> Iterator[None]:
+        """One durable transaction; `name` says which, for those who watch. Raises OSError where the disk refuses."""
+        with self._reading():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._commit(name)
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _commit(self, name: str) -> None:
+        self._db.execute("COMMIT")
+
+
+def _contribution(row: sqlite3.Row) -> StoredContribution:
+    fields = (row[key] for key in ("id", "site", "fragment", "base_version", "tokens", "steps"))
+    return StoredContribution(
+        Contribution(*fields), row["blob"], row["size"], row["norm"], merged=row["round"] is not None
+    )
+
+
+def _round(row: sqlite3.Row) -> StoredRound:
+    return StoredRound(
+        fragment=row["fragment"],
+        version=row["version"],
+        reason=row["reason"],
+        rule=OuterRule(**json.loads(row["rule"])),
+        members=tuple((id_, weight) for id_, weight in json.loads(row["contributions"])),
+        tokens=row["tokens"],
+        closed_at=row["closed_at"],
+        published_at=row["published_at"],
+        delta=row["delta"],
+        delta_size=row["delta_size"],
+        published_digest=row["published_digest"],
+        master_digest=row["master_digest"],
+        momentum_digest=row["momentum_digest"],
+    )

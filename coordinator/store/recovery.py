@@ -1,0 +1,106 @@
+"""Recovery: the newest sound checkpoint of each fragment, and every journaled round since, executed again.
+
+Each re-executed round must end in the digests that the journal recorded, or recovery stops: weights that
+cannot be explained are never trained on. A round that was closed and not published is carried out now.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import ExitStack
+
+from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
+from coordinator.store.checkpoint import Checkpoints
+from coordinator.store.files import Blobs
+from coordinator.store.journal import Journal, StoredRound
+from shared.errors import CorruptError, FormatError
+from shared.fragments import Fragment, Layout
+from shared.wire import open_container
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[StoredRound, Stepped], None]
+
+
+def execute(
+    state: OuterState, round_: StoredRound, journal: Journal, blobs: Blobs, run: str, executor: Executor
+) -> Stepped:
+    """Carries out a journaled round on `state`, from the contributions' blobs. Raises CorruptError."""
+    with ExitStack() as stack:
+        weighted = []
+        for id_, weight in round_.members:
+            stored = journal.contribution(id_)
+            if stored is None:
+                raise CorruptError(
+                    f"the journal's round {round_.fragment}/{round_.version} names no contribution {id_}"
+                )
+            path = blobs.verify(stored.blob)
+            try:
+                container = stack.enter_context(open_container(path, state.fragment))
+            except FormatError as error:
+                raise CorruptError(f"blob {path} is not a sound contribution: {error}") from None
+            weighted.append(Weighted(container, weight))
+        return outer_step(state, weighted, round_.rule, run, round_.tokens, executor)
+
+
+def recover(
+    layout: Layout,
+    journal: Journal,
+    blobs: Blobs,
+    checkpoints: Checkpoints,
+    run: str,
+    executor: Executor,
+    publish: Publish,
+) -> list[OuterState]:
+    """The state of every fragment as the journal has it; `publish` gets a round that was left unpublished."""
+    return [
+        _recover_fragment(fragment, journal, blobs, checkpoints, run, executor, publish)
+        for fragment in layout.fragments
+    ]
+
+
+def _recover_fragment(
+    fragment: Fragment,
+    journal: Journal,
+    blobs: Blobs,
+    checkpoints: Checkpoints,
+    run: str,
+    executor: Executor,
+    publish: Publish,
+) -> OuterState:
+    state = _newest_sound(fragment, checkpoints)
+    for round_ in journal.rounds(fragment.index, after=state.version):
+        if round_.version != state.version + 1:
+            raise CorruptError(
+                f"journal {journal.path}: fragment {fragment.index} has version {round_.version} after {state.version}"
+            )
+        stepped = execute(state, round_, journal, blobs, run, executor)
+        if round_.published_at is None:
+            publish(round_, stepped)
+        elif (stepped.published_digest, stepped.master_digest, stepped.momentum_digest) != (
+            round_.published_digest,
+            round_.master_digest,
+            round_.momentum_digest,
+        ):
+            raise CorruptError(
+                f"version {round_.version} of fragment {fragment.index} came out different when it was executed again; "
+                "a blob or checkpoint was changed: restore the state directory from a backup"
+            )
+    return state
+
+
+def _newest_sound(fragment: Fragment, checkpoints: Checkpoints) -> OuterState:
+    entries = checkpoints.entries(fragment.index)
+    if not entries:
+        raise CorruptError(
+            f"{checkpoints.directory} lists no checkpoint of fragment {fragment.index}; restore it from a backup"
+        )
+    for entry in entries:
+        try:
+            return checkpoints.load(entry, fragment)
+        except CorruptError as error:
+            failure = error
+            log.warning("%s; trying the one before", error)
+    raise failure

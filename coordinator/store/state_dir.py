@@ -1,0 +1,158 @@
+"""The coordinator's state directory: what is in it, whose it is, and that one process holds it.
+
+journal.sqlite   blobs/   checkpoints/   snapshots/   uploads/ (spool, emptied at start)   lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coordinator.outer.step import OuterState
+from coordinator.store.checkpoint import Checkpoints
+from coordinator.store.files import Blobs
+from coordinator.store.journal import Journal
+from shared.config import RunConfig
+from shared.errors import ConfigError, CorruptError
+from shared.fragments import F32, Layout
+
+Initial = Callable[[], tuple[Layout, list[F32]]]
+"""Builds the layout and each fragment's initial weights; called once in a run's life."""
+
+
+class StateDir:
+    """An opened state directory. `run_id`, `layout` and `checkpoints` are there once it belongs to a run."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._lock: int | None = None
+        if read_only:
+            if not (path / "journal.sqlite").is_file():
+                raise ConfigError(f"{path} is not a coordinator's state directory: it has no journal.sqlite")
+        else:
+            _make_directory(path)
+        self.journal = Journal(path / "journal.sqlite", read_only=read_only)
+        self.blobs = Blobs(path / "blobs")
+        self.snapshots = path / "snapshots"
+        self.uploads = path / "uploads"
+
+    @classmethod
+    def hold(cls, path: Path) -> StateDir:
+        """Opens `path` for a coordinator: no other may hold it. Raises ConfigError naming who does."""
+        _make_directory(path)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ConfigError(
+                f"state directory {path} is held by another live coordinator (process {holder}); "
+                "stop that one, or give this one its own --state"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        state = cls(path)
+        state._lock = descriptor
+        for directory in (state.blobs.directory, state.snapshots):
+            directory.mkdir(exist_ok=True)
+        shutil.rmtree(state.uploads, ignore_errors=True)
+        state.uploads.mkdir()
+        return state
+
+    def close(self) -> None:
+        self.journal.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def run_id(self) -> str:
+        run = self.journal.meta("run")
+        if run is None:
+            raise ConfigError(f"state directory {self.path} holds no run yet; start `isthmus coordinator serve` on it")
+        return run
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config as it was last served."""
+        return RunConfig.model_validate_json(self.journal.meta("config") or "null", context="received")
+
+    @property
+    def layout(self) -> Layout:
+        try:
+            return Layout.from_wire(json.loads(self.journal.meta("layout") or "null"))
+        except (TypeError, ValueError) as error:
+            raise CorruptError(f"journal {self.journal.path} holds no readable layout: {error}") from None
+
+    def initial_digest(self, fragment: int) -> str:
+        """The digest of version 0 of a fragment."""
+        digests: list[str] = json.loads(self.journal.meta("initial_digests") or "[]")
+        return digests[fragment]
+
+    def checkpoints(self, keep: int) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints", self.run_id, keep)
+
+    def adopt_run(self, config: RunConfig, initial: Initial) -> bool:
+        """Makes this directory the run's, or checks that it is. True where the run is new.
+
+        The journal learns of the run last: a start that dies half way leaves a directory that starts afresh.
+        Raises ConfigError where the directory belongs to another run.
+        """
+        identity = _identity(config)
+        known = self.journal.meta("identity")
+        if known is not None:
+            self._check_identity(json.loads(known), identity)
+            self.journal.set_meta(config=config.model_dump_json())
+            return False
+        layout, weights = initial()
+        run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
+        states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, weights, strict=True)]
+        checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints)
+        shutil.rmtree(checkpoints.directory, ignore_errors=True)
+        for state in states:
+            checkpoints.save(state)
+        self.journal.set_meta(
+            run=run,
+            identity=json.dumps(identity),
+            config=config.model_dump_json(),
+            layout=json.dumps(layout.to_wire()),
+            initial_digests=json.dumps([state.digest for state in states]),
+        )
+        return True
+
+    def _check_identity(self, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for key in sorted(known.keys() | wanted.keys()):
+            if known.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"state directory {self.path} belongs to another run: there {key} is {known.get(key)!r}, "
+                    f"here {wanted.get(key)!r}; give this run its own --state, or restore that value"
+                )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What cannot change within a run's life; everything else may be changed at a restart. Paths of a task's
+    data are not part of what is trained."""
+    task = {f"[task] {key}": value for key, value in config.task.options().items() if key != "paths"}
+    return {
+        "[run] name": config.run.name,
+        "[run] seed": config.run.seed,
+        "[run] init": config.run.init,
+        "[task] use": config.task.use,
+        "[rounds] fragments": config.rounds.fragments,
+        "[rounds] layout": config.rounds.layout,
+        **task,
+    }
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"state directory {path} cannot be made: {error.strerror}; name another --state") from None

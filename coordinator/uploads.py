@@ -1,0 +1,92 @@
+"""Uploads in progress: where their bytes are spooled and which parts are here.
+
+Bounded per site, so that nobody fills the disk with uploads that never commit. The id is derived from what
+is uploaded, so a repeated open finds the upload that is already there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from shared.protocol import PART_BYTES, OpenUpload
+
+IDLE_SECONDS = 3600.0
+"""An upload that no byte has reached for this long is dropped."""
+
+
+def upload_id(opening: OpenUpload) -> str:
+    """32 hexadecimal digits that are the same for the same contribution, whoever asks how often."""
+    facts = (opening.run, opening.site, opening.fragment, opening.base_version, opening.digest)
+    return sha256("\n".join(str(fact) for fact in facts).encode()).hexdigest()[:32]
+
+
+@dataclass
+class SpooledUpload:
+    """One upload. `lock` makes commits of it take turns."""
+
+    id: str
+    opening: OpenUpload
+    path: Path
+    touched: float
+    parts: set[int] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def part_count(self) -> int:
+        return -(-self.opening.size // PART_BYTES)
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """(offset, size) of a part in bytes."""
+        offset = part * PART_BYTES
+        return offset, min(PART_BYTES, self.opening.size - offset)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.parts) == self.part_count
+
+    def write(self, part: int, data: bytes) -> None:
+        """Writes a whole part at its place. Raises OSError. Not synced: the commit does that once."""
+        offset, _ = self.part_range(part)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(descriptor, data[written:], offset + written)
+        finally:
+            os.close(descriptor)
+
+
+class Uploads:
+    """The uploads in progress, by id; at most `per_site` of each site, the longest idle one giving way."""
+
+    def __init__(self, directory: Path, per_site: int) -> None:
+        self.directory, self.per_site = directory, per_site
+        self._open: dict[str, SpooledUpload] = {}
+
+    def get(self, id_: str) -> SpooledUpload | None:
+        return self._open.get(id_)
+
+    def open(self, id_: str, opening: OpenUpload, now: float) -> SpooledUpload:
+        upload = self._open.get(id_)
+        if upload is None:
+            self._drop_idle(opening.site, now)
+            upload = SpooledUpload(id_, opening, self.directory / id_, now)
+            self._open[id_] = upload
+        upload.touched = now
+        return upload
+
+    def close(self, upload: SpooledUpload) -> None:
+        """Forgets the upload and removes what is left of its spool."""
+        self._open.pop(upload.id, None)
+        upload.path.unlink(missing_ok=True)
+
+    def _drop_idle(self, site: str, now: float) -> None:
+        for upload in [u for u in self._open.values() if now - u.touched > IDLE_SECONDS and not u.lock.locked()]:
+            self.close(upload)
+        mine = [u for u in self._open.values() if u.opening.site == site and not u.lock.locked()]
+        for upload in sorted(mine, key=lambda u: u.touched)[: max(0, len(mine) - self.per_site + 1)]:
+            self.close(upload)

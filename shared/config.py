@@ -1,0 +1,343 @@
+"""`run.toml` and `site.toml`: their models, their defaults, and errors that say what would do.
+
+The run's config is held by the coordinator and sent to each site when it joins, so that it exists
+once. A site's own file says only who it is, where the coordinator is and what is local: devices and
+data. Unknown keys are refused (a misspelt key that is silently ignored costs a month of training).
+
+Keys beyond those of the design's section 4: `[run] min_sites` (a run of several sites must not begin
+with whoever came first, or its result depends on luck), `[store]` (how much history the coordinator
+keeps), `[devices] threads` and `throttle`, `[site] patience_seconds` and `checkpoint_seconds`. Their
+reasons stand in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from shared.errors import ConfigError
+
+UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+RECEIVED = "received"
+SITE_NAME = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunTable(_Table):
+    name: str = Field(pattern=SITE_NAME, description="letters a-z, digits, '.', '_' and '-', at most 64")
+    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0")
+    tokens: int = Field(gt=0, le=10**15, description="the token budget, a whole number from 1")
+    init: str = Field("", description="a safetensors file or a Hugging Face directory; empty: from the seed")
+    min_sites: int = Field(1, ge=1, le=10_000, description="how many sites must be ready before training starts")
+
+
+class TaskTable(BaseModel):
+    """`use`, and whatever the task itself understands."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    use: str = Field(min_length=1, description='a task name such as "byte-lm", or "file.py:Class"')
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class InnerTable(_Table):
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="a number above 0")
+    steps: int = Field(50, ge=1, le=10**6, description="H, a whole number from 1")
+    batch_size: int = Field(16, ge=1, le=10**6, description="sequences per inner step, a whole number from 1")
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup_tokens: int = Field(0, ge=0, description="a whole number from 0")
+    clip_norm: float = Field(1.0, ge=0, description="a number from 0; 0: off")
+    weight_decay: float = Field(0.1, ge=0, description="a number from 0")
+
+
+class OuterTable(_Table):
+    optimizer: Literal["nesterov", "sgd"] = "nesterov"
+    lr: float = Field(0.7, gt=0, description="a number above 0")
+    momentum: float = Field(0.9, ge=0, lt=1, description="a number from 0 to below 1")
+    merge: Literal["mean"] = "mean"
+    correction: Literal["none"] = "none"
+
+
+class RoundsTable(_Table):
+    fragments: int = Field(4, ge=1, le=4096, description="P, a whole number from 1")
+    layout: Literal["balanced", "strided"] = "balanced"
+    quorum: Literal["all"] | int = Field("all", description='"all" or a whole number from 1')
+    grace_seconds: Literal["auto"] | float = Field("auto", description='"auto" or seconds from 0')
+    deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
+    max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
+    weighting: Literal["uniform", "tokens", "tokens2-per-step"] = "tokens"
+    overlap_steps: Literal["auto", "unbounded"] | int = Field(
+        2, description='τ: a whole number from 0, "auto" or "unbounded"'
+    )
+    align: Literal["overwrite", "blend", "carry"] = "carry"
+    blend: float = Field(0.5, ge=0, le=1, description="α, a number from 0 to 1")
+    pacing: Literal["equal-steps", "equal-time"] = "equal-time"
+
+    @field_validator("quorum")
+    @classmethod
+    def _quorum(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("below 1")
+        return value
+
+    @field_validator("grace_seconds")
+    @classmethod
+    def _grace(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and value < 0:
+            raise ValueError("below 0")
+        return value
+
+    @field_validator("overlap_steps")
+    @classmethod
+    def _overlap(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("below 0")
+        return value
+
+
+class WireTable(_Table):
+    upload: UploadCodec = "int4"
+    publish: PublishCodec = "int8"
+    error_feedback: bool = True
+    zstd_level: int = Field(1, ge=0, le=19, description="a whole number from 0 (off) to 19")
+
+
+class StoreTable(_Table):
+    """How much history the coordinator keeps, in outer steps of each fragment."""
+
+    checkpoint_versions: int = Field(16, ge=1, description="outer steps of a fragment between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept of each fragment, from 1")
+    keep_versions: int = Field(32, ge=1, description="published deltas kept of each fragment, from 1")
+
+
+class RunConfig(_Table):
+    """The whole of `run.toml`."""
+
+    run: RunTable
+    task: TaskTable
+    inner: InnerTable = Field(default_factory=InnerTable)
+    outer: OuterTable = Field(default_factory=OuterTable)
+    rounds: RoundsTable = Field(default_factory=RoundsTable)
+    wire: WireTable = Field(default_factory=WireTable)
+    store: StoreTable = Field(default_factory=StoreTable)
+
+    @model_validator(mode="after")
+    def _combinations(self, info: ValidationInfo) -> RunConfig:
+        if info.context == RECEIVED:
+            return self
+        outer, rounds, inner = self.outer, self.rounds, self.inner
+        stated = rounds.model_fields_set
+        if rounds.align == "blend" and "overlap_steps" not in stated:
+            raise ValueError(
+                '[rounds] align = "blend" mixes by what τ steps changed, and overlap_steps is not stated: '
+                "state it (0 is allowed), or use carry"
+            )
+        if rounds.align != "blend" and "blend" in stated:
+            raise ValueError(f'[rounds] blend has no effect with align = "{rounds.align}": drop it, or align = "blend"')
+        if (
+            "overlap_steps" in stated
+            and isinstance(rounds.overlap_steps, int)
+            and rounds.overlap_steps >= max(1, inner.steps)
+        ):
+            raise ValueError(
+                f"[rounds] overlap_steps = {rounds.overlap_steps} reaches the next snapshot of the same fragment: "
+                f"at most {inner.steps - 1} with [inner] steps = {inner.steps}"
+            )
+        if outer.optimizer == "sgd" and outer.momentum != 0 and "momentum" in outer.model_fields_set:
+            raise ValueError(
+                '[outer] momentum has no effect with optimizer = "sgd": drop it, or optimizer = "nesterov"'
+            )
+        if inner.warmup_tokens >= self.run.tokens:
+            raise ValueError(
+                f"[inner] warmup_tokens = {inner.warmup_tokens} does not end within [run] tokens = {self.run.tokens}: "
+                "make it smaller"
+            )
+        if isinstance(rounds.quorum, int) and rounds.quorum > self.run.min_sites > 1:
+            raise ValueError(
+                f"[rounds] quorum = {rounds.quorum} cannot be met by [run] min_sites = {self.run.min_sites}: "
+                "raise min_sites or lower quorum"
+            )
+        return self
+
+
+class SiteTable(_Table):
+    name: str = Field(pattern=SITE_NAME, description="letters a-z, digits, '.', '_' and '-', at most 64")
+    coordinator: str = Field(pattern=r"^https?://[^/\s]+/?$", description="the coordinator's URL, https://host:port")
+    token_file: str = Field("", description="the file that holds this site's token")
+    state: str = Field("state", min_length=1, description="a directory for local checkpoints")
+    ca: str = Field("", description="a CA bundle file")
+    client_cert: str = Field("", description="a certificate file, for mutual TLS")
+    client_key: str = Field("", description="its key file")
+    patience_seconds: float = Field(30, ge=0, description="how long to go on trying to reach the coordinator at start")
+    outage_seconds: float = Field(3600, ge=0, description="how long to go on through an outage while training")
+    checkpoint_seconds: float = Field(300, gt=0, description="seconds between local checkpoints")
+
+
+class DevicesTable(_Table):
+    device: str = Field("", description='"cpu", "cuda:0", "mps"; empty: the first accelerator found, else the CPU')
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads for torch; 0: torch's own choice")
+    throttle: float = Field(1.0, gt=0, le=1, description="train at this share of full speed, above 0 to 1")
+
+
+class MetricsTable(_Table):
+    port: int = Field(9471, ge=0, le=65535, description="a port; 0: off")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+
+
+class SiteTaskTable(_Table):
+    use: str = Field(min_length=1, description='a task name, or "file.py:Class"')
+
+
+class SiteConfig(_Table):
+    """The whole of `site.toml`. `base` is the directory of the file: its relative paths start there."""
+
+    site: SiteTable
+    devices: DevicesTable = Field(default_factory=DevicesTable)
+    data: dict[str, Any] = Field(default_factory=dict)
+    task: SiteTaskTable | None = None
+    metrics: MetricsTable = Field(default_factory=MetricsTable)
+    base: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> SiteConfig:
+        if bool(self.site.client_cert) != bool(self.site.client_key):
+            raise ValueError("[site] client_cert and client_key go together: name both, or neither")
+        return self
+
+    def path(self, name: str) -> Path:
+        """`name` as this file means it: relative to the file's own directory."""
+        return (self.base / Path(name).expanduser()).resolve()
+
+    def data_options(self) -> dict[str, Any]:
+        """The `[data]` table with the option `paths` made absolute: it too counts from the file's directory."""
+        options = dict(self.data)
+        match options.get("paths"):
+            case str(one):
+                options["paths"] = str(self.path(one))
+            case list(many) if all(isinstance(each, str) for each in many):
+                options["paths"] = [str(self.path(each)) for each in many]
+        return options
+
+
+def load_run(path: Path) -> RunConfig:
+    """The run config in the file `path`. Raises ConfigError that names file, key and what would do."""
+    return parse(RunConfig, _read_toml(path), path.name)
+
+
+def load_site(path: Path) -> SiteConfig:
+    """The site config in the file `path`; its relative paths count from the file's directory."""
+    values = _read_toml(path)
+    if "base" in values:
+        raise ConfigError(f"{path.name}: [base]: unknown table; it may have: {_keys(SiteConfig)}")
+    return parse(SiteConfig, values, path.name).model_copy(update={"base": path.resolve().parent})
+
+
+def received_run(values: dict[str, Any]) -> RunConfig:
+    """The run config as the coordinator sent it: every key stated, its combinations checked there."""
+    return parse(RunConfig, values, "the coordinator's run config", context=RECEIVED)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], values: dict[str, Any], source: str, context: str | None = None) -> Model:
+    """`values` as `model`, or ConfigError with one sentence for each thing that is wrong."""
+    try:
+        return model.model_validate(values, context=context)
+    except ValidationError as error:
+        sentences = dict.fromkeys(_sentence(model, dict(e), values) for e in error.errors(include_url=False))
+        raise ConfigError("; ".join(f"{source}: {sentence}" for sentence in sentences)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(name for name, field in model.model_fields.items() if not field.exclude)
+
+
+def _sentence(root: type[BaseModel], error: dict[str, Any], values: dict[str, Any]) -> str:
+    """One validation error in words: which key, what was found, what would do."""
+    table, field, location = _find(root, [part for part in error["loc"] if isinstance(part, str)])
+    key = ".".join(location[1:]) if len(location) > 1 else ""
+    where = f"[{location[0]}] {key}".strip() if location else ""
+    if error["type"] == "extra_forbidden":
+        name = location[-1]
+        near = difflib.get_close_matches(name, list(table.model_fields), n=1)
+        kind = "key" if len(location) > 1 else "table"
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        return f"{where}: unknown {kind}{hint or '; it may have: ' + _keys(table)}"
+    if error["type"] == "missing":
+        what = getattr(field, "description", None) or "a table"
+        return f"{where}: missing; {what} is needed"
+    if error["type"] == "value_error" and field is None:
+        return re.sub(r"^Value error, ", "", error["msg"])
+    found = _found(error, location, values)
+    return f"{where}: got {found}; {_would_do(field)} would do"
+
+
+def _find(root: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], Any, list[str]]:
+    """The table that a location lies in, its field (None for a whole model), and the location up to it."""
+    table: type[BaseModel] = root
+    field: Any = None
+    for depth, part in enumerate(location, start=1):
+        field = table.model_fields.get(part)
+        if field is None:
+            return table, None, location[:depth]
+        inner = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type)]
+        nested = next((c for c in inner if issubclass(c, BaseModel)), None)
+        if nested is None:
+            return table, field, location[:depth]
+        table = nested
+    return table, field, location
+
+
+def _found(error: dict[str, Any], location: list[str], values: dict[str, Any]) -> str:
+    value: Any = values
+    for part in location:
+        value = value.get(part, error.get("input")) if isinstance(value, dict) else error.get("input")
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+    kinds = {str: "text", bool: "a truth value", int: "a whole number", float: "a number", list: "a list"}
+    return f"{text[:80]} ({kinds.get(type(value), 'a table')})"
+
+
+def _would_do(field: Any) -> str:
+    if field is None:
+        return "another value"
+    if field.description:
+        return str(field.description)
+    choices = get_args(field.annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        listed = [f'"{choice}"' for choice in choices]
+        return f"one of {', '.join(listed)}" if len(listed) > 1 else listed[0]
+    if field.annotation is bool:
+        return "true or false"
+    nested = field.annotation if isinstance(field.annotation, type) else None
+    return "a table" if nested and issubclass(nested, BaseModel) else "another value"

@@ -1,0 +1,49 @@
+"""What all commands have in common: one-sentence errors, exit codes, and a log that reads well."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+from shared.errors import FaultError, IsthmusError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """A typer command that ends in one sentence on stderr and its exit code, never in a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except IsthmusError as error:
+            fail(str(error), error.exit_code)
+        except OSError as error:
+            fail(f"{error}; see to the disk or the network and try again", FaultError.exit_code)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return run
+
+
+def fail(sentence: str, exit_code: int) -> NoReturn:
+    """Prints the sentence and ends the program."""
+    print(f"isthmus: {sentence}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def set_up_logging() -> None:
+    """Log lines on stderr; the level comes from ISTHMUS_LOG (debug, info, warning)."""
+    level = os.environ.get("ISTHMUS_LOG", "info").upper()
+    logging.basicConfig(
+        level=getattr(logging, level, logging.INFO),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        stream=sys.stderr,
+    )

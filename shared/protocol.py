@@ -1,0 +1,219 @@
+"""The messages between sites and the coordinator (msgpack over HTTP), and the refusal codes.
+
+A message is a frozen pydantic model; `pack` and `unpack` are the only way onto and off the wire, so
+nothing unknown, oversized or non-finite gets past them. Refusals travel as problem documents
+(RFC 9457, `application/problem+json`) whose `code` is one of `Code`: stable, counted, documented.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.config import SITE_NAME
+from shared.errors import FormatError
+
+PROTOCOL = 1
+MEDIA_TYPE = "application/msgpack"
+PROBLEM_TYPE = "application/problem+json"
+SITE_HEADER = "Isthmus-Site"
+"""Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
+
+PART_BYTES = 4 << 20
+"""A contribution up to this size is one request; a larger one goes in parts of this size."""
+MESSAGE_BYTES = 1 << 20
+"""The largest msgpack message that carries no tensor bytes."""
+
+Name = Annotated[str, Field(pattern=SITE_NAME)]
+RunId = Annotated[str, Field(min_length=1, max_length=128)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+BlobDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Code(StrEnum):
+    """Why something was refused. What a site does about each stands in docs/protocol.md."""
+
+    BAD_REQUEST = "bad-request"
+    TOO_LARGE = "too-large"
+    NOT_FOUND = "not-found"
+    UNAUTHORIZED = "unauthorized"
+    NOT_YOUR_SITE = "not-your-site"
+    WRONG_PROTOCOL = "wrong-protocol"
+    WRONG_RUN = "wrong-run"
+    NOT_A_MEMBER = "not-a-member"
+    SUPERSEDED = "superseded"
+    RUN_FINISHED = "run-finished"
+    UNKNOWN_BASE = "unknown-base"
+    WRONG_BASE = "wrong-base"
+    TOO_STALE = "too-stale"
+    ALREADY_CONTRIBUTED = "already-contributed"
+    WRONG_LAYOUT = "wrong-layout"
+    MALFORMED = "malformed"
+    WRONG_DIGEST = "wrong-digest"
+    INCOMPLETE = "incomplete"
+    UNKNOWN_UPLOAD = "unknown-upload"
+    NOT_PUBLISHED = "not-published"
+    VERSION_GONE = "version-gone"
+    STORAGE = "storage"
+    STOPPING = "stopping"
+    INTERNAL = "internal"
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardMessage(Message):
+    index: Count
+    count: Annotated[int, Field(ge=1, le=10**6)]
+    seed: Count
+
+
+class Join(Message):
+    """A site asks to take part. `software` is for the operator's eyes (versions, device)."""
+
+    protocol: int
+    site: Name
+    software: dict[Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=128)]] = Field(max_length=16)
+
+
+class FragmentVersion(Message):
+    """Where a fragment stands: its published version, that version's digest, the tokens merged into it, and
+    the base version of this site's last accepted contribution (−1: none)."""
+
+    version: Count
+    digest: Digest
+    tokens: Count
+    contributed: Annotated[int, Field(ge=-1, le=10**15)]
+
+
+class Orders(Message):
+    """What the coordinator wants of a site from now on; part of every answer on the control connection."""
+
+    started: bool
+    finished: bool
+    sites: Annotated[int, Field(ge=1, le=10**6)]
+    pace: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+    shard: ShardMessage
+    tokens: Count
+    evaluate: bool
+
+
+class Joined(Message):
+    run: RunId
+    session: Annotated[str, Field(max_length=64)]
+    config: dict[str, Any]
+    layout: list[list[tuple[str, list[Count]]]]
+    fragments: list[FragmentVersion]
+    lease_seconds: Seconds
+    orders: Orders
+
+
+class Preview(Message):
+    """What `Joined` would hold, for a site that only looks."""
+
+    run: RunId
+    config: dict[str, Any]
+    layout: list[list[tuple[str, list[Count]]]]
+    versions: list[Count]
+    sites: Count
+
+
+class Evaluation(Message):
+    """Mean loss (nats) of the published weights on the held-out set, and the tokens merged into them."""
+
+    tokens: Count
+    loss: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+class Heartbeat(Message):
+    """Sent on a connection of its own. `step_seconds` is the median inner step; 0 where not yet measured."""
+
+    run: RunId
+    session: Annotated[str, Field(max_length=64)]
+    state: Literal["preparing", "ready", "training"]
+    steps: Count
+    tokens: Count
+    step_seconds: Seconds
+    overlap_seconds: Seconds
+    sync_seconds: Seconds
+    training_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    loss: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None
+    evaluation: Evaluation | None
+    repairs: Count
+
+
+class Leave(Message):
+    run: RunId
+    session: Annotated[str, Field(max_length=64)]
+
+
+class OpenUpload(Message):
+    """Announces a contribution of `size` bytes. `body` holds all of it where it fits one part."""
+
+    run: RunId
+    site: Name
+    session: Annotated[str, Field(max_length=64)]
+    fragment: Count
+    base_version: Count
+    size: Count
+    digest: BlobDigest
+    body: bytes | None
+
+
+class Outcome(Message):
+    """What became of a contribution: accepted, and the version that will contain it."""
+
+    accepted: bool
+    version: Count
+    code: str = ""
+    detail: str = ""
+
+
+class Upload(Message):
+    """An open upload: where to PUT its parts, which are here already, and its outcome once there is one."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    part_size: Count
+    parts: list[Count]
+    outcome: Outcome | None
+
+
+M = TypeVar("M", bound=Message)
+
+
+def pack(message: Message) -> bytes:
+    """The message as msgpack."""
+    packed: bytes = msgpack.packb(message.model_dump(mode="python"))
+    return packed
+
+
+def unpack(kind: type[M], data: bytes, limit: int = MESSAGE_BYTES) -> M:
+    """`data` as a message of `kind`. Raises FormatError naming the field that is wrong."""
+    if len(data) > limit:
+        raise FormatError(f"a message of {len(data)} bytes; at most {limit} are read")
+    try:
+        fields = msgpack.unpackb(data, use_list=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise FormatError(f"the body is not msgpack: {error}") from None
+    try:
+        return kind.model_validate(_pairs(fields))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise FormatError(f"{where}: {first['msg']}") from None
+
+
+def _pairs(fields: object) -> object:
+    """msgpack has lists only; the layout's rows are (name, shape) pairs."""
+    if isinstance(fields, dict) and isinstance(fields.get("layout"), list):
+        fields["layout"] = [
+            [tuple(row) if isinstance(row, list) else row for row in tensors] if isinstance(tensors, list) else tensors
+            for tensors in fields["layout"]
+        ]
+    return fields

@@ -1,0 +1,131 @@
+"""What is trained: the task contract, and how a task is found by the name in `run.toml`.
+
+A task is either a name that an installed package registered in the entry-point group
+`isthmus.tasks`, or `file.py:Class` on this machine's own disk. Code never crosses the network: the
+coordinator sends the *name*, each machine resolves it by itself, and the tensor layout decides
+whether both mean the same model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import ConfigError
+
+ENTRY_POINT_GROUP = "isthmus.tasks"
+Batch = Any
+"""One inner step's input; only the task that made it looks inside."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the data is this site's: part `index` of `count`, drawn under `seed`."""
+
+    index: int
+    count: int
+    seed: int = 0
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """An endless iterator of batches that can say where it is and continue from there."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Task(ABC):
+    """A model and its data. Subclasses read their own options (the `[task]` table, then `[data]`)."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model with its initial weights; deterministic under the torch seed set by the caller."""
+
+    @abstractmethod
+    def train_batches(self, shard: Shard, batch_size: int) -> BatchStream:
+        """An endless stream over this shard's training data; `batch_size` counts sequences."""
+
+    def eval_batches(self, batch_size: int) -> Iterable[Batch] | None:
+        """The held-out set, the same at every site; None where the task has none."""
+        return None
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Mean loss over the batch (a scalar that can be differentiated) and the tokens it counts."""
+
+    def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
+        """`prompt` continued by `tokens` sampled tokens. Raises ConfigError where the task has no text."""
+        raise ConfigError(f"task {type(self).__name__} does not generate text; sample another run")
+
+    def hf_files(self) -> dict[str, bytes] | None:
+        """Files beside the weights that make a Hugging Face directory; None where there is no such form."""
+        return None
+
+
+_REQUIRED = ("build_model", "train_batches", "loss")
+
+
+def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) -> Any:
+    """The task named `use`, built with `options`. A relative file counts from `base`, then from the current directory.
+
+    Raises ConfigError when the name, the file or the class is not there, or the options do not fit.
+    """
+    cls = _from_file(use, base or Path()) if ":" in use else _from_entry_point(use)
+    missing = [name for name in _REQUIRED if not callable(getattr(cls, name, None))]
+    if missing:
+        raise ConfigError(f"[task] use: {use!r} lacks {', '.join(missing)}; see Task in shared/task.py")
+    return cls(options)
+
+
+def build_model(task: Any, seed: int) -> nn.Module:
+    """`task.build_model()` under `seed`, without disturbing the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = task.build_model()
+    return model
+
+
+def _from_entry_point(name: str) -> type:
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in found:
+        raise ConfigError(
+            f"[task] use: no task {name!r} is installed; one of {', '.join(sorted(found)) or 'none'} would do, "
+            'or "file.py:Class" for a file on this machine'
+        )
+    loaded: type = found[name].load()
+    return loaded
+
+
+def _from_file(use: str, base: Path) -> type:
+    file, _, class_name = use.rpartition(":")
+    path = (base / Path(file).expanduser()).resolve()
+    if not path.is_file():
+        path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"[task] use: no file {path}; write the path of a Python file as file.py:Class")
+    spec = importlib.util.spec_from_file_location(f"isthmus_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"[task] use: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises is told as that file's fault
+        raise ConfigError(f"[task] use: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    cls = getattr(module, class_name, None)
+    if not isinstance(cls, type):
+        raise ConfigError(f"[task] use: {path} has no class {class_name!r}")
+    return cls

@@ -1,0 +1,304 @@
+"""The wire container: a contribution, a delta or a snapshot of one fragment as bytes.
+
+    magic "ISTHMUS" + format version (8 bytes) | header length (uint32, little endian) | msgpack header | sections
+
+One section per chunk of the fragment's flat vector, in order, each an independent zstd frame (content
+size and checksum on) of the codec's raw bytes, or these bytes themselves where the run has zstd off.
+The header names all section sizes, so that a reader can check the whole geometry against the run's
+layout before it touches a section, decode sections in parallel, and never allocates more than one
+section's raw size. Nothing here is trusted: every length is bounded by what the layout allows.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgpack
+import numpy as np
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.codecs import CODECS, Codec
+from shared.codecs.kernels import F32, U8
+from shared.errors import FormatError
+from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
+
+MAGIC = b"ISTHMUS\x01"
+_PREFIX = struct.Struct("<8sI")
+_LONGEST_COUNT = 10**15
+
+Count = Annotated[int, Field(ge=0, le=_LONGEST_COUNT)]
+
+
+class Header(BaseModel):
+    """What a container says of itself.
+
+    `digest` is the digest of the published version `version`: of the base that a contribution starts from,
+    of the result that a delta or snapshot leads to. So every body names exact weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["contribution", "delta", "snapshot"]
+    run: str = Field(max_length=128)
+    site: str = Field(max_length=64)
+    fragment: Count
+    base_version: Count
+    version: Count
+    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    codec: str = Field(max_length=32)
+    zstd: bool
+    chunk: int = Field(ge=64, le=1 << 20)
+    tensors: list[tuple[str, list[Count]]]
+    tokens: Count
+    steps: Count
+    sizes: list[Count]
+
+
+def header_bound(fragment: Fragment) -> int:
+    """The largest header, in bytes, that a container of this fragment can need."""
+    table = sum(16 + len(tensor.name.encode()) + 9 * len(tensor.shape) for tensor in fragment.tensors)
+    return 1024 + table + 9 * len(fragment.chunks())
+
+
+def section_bound(raw_size: int) -> int:
+    """The largest zstd frame of `raw_size` bytes: stored blocks of 128 KiB, frame header and checksum."""
+    return raw_size + 3 * (raw_size // (128 << 10) + 1) + 32
+
+
+def container_bound(fragment: Fragment, codec: str) -> int:
+    """The largest container, in bytes, that this fragment in this codec can be."""
+    sections = sum(section_bound(CODECS[codec].size(chunk.size)) for chunk in fragment.chunks())
+    return _PREFIX.size + header_bound(fragment) + sections
+
+
+class _Zstd(threading.local):
+    """Compression contexts, one set per thread: they are costly to make and not safe to share."""
+
+    def __init__(self) -> None:
+        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        if level not in self._compressors:
+            self._compressors[level] = zstandard.ZstdCompressor(
+                level=level, write_checksum=True, write_content_size=True
+            )
+        return self._compressors[level]
+
+
+_zstd = _Zstd()
+
+
+def pack_section(raw: U8, zstd_level: int) -> bytes:
+    """The raw bytes of one chunk as a section; `zstd_level` 0 leaves them as they are."""
+    return _zstd.compressor(zstd_level).compress(raw.data) if zstd_level else raw.tobytes()
+
+
+def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
+    """The container of `sections`; the header's `sizes` are filled in from them."""
+    sized = header.model_copy(update={"sizes": [len(section) for section in sections]})
+    packed = msgpack.packb(sized.model_dump(mode="python"))
+    return b"".join([_PREFIX.pack(MAGIC, len(packed)), packed, *sections])
+
+
+def encode_flat(header: Header, fragment: Fragment, flat: F32, zstd_level: int, residual: F32 | None = None) -> bytes:
+    """`flat` (fp32, fragment.size) encoded under the header's codec, as one container.
+
+    `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
+    """
+    codec = CODECS[header.codec]
+    sections = []
+    for chunk in fragment.chunks(header.chunk):
+        x = flat[chunk.start : chunk.stop]
+        raw = codec.encode(x)
+        sections.append(pack_section(raw, zstd_level))
+        if residual is not None:
+            np.copyto(residual[chunk.start : chunk.stop], x)
+            codec.accumulate(raw, -1.0, residual[chunk.start : chunk.stop])
+    return pack_container(header, sections)
+
+
+class Bytes:
+    """Random access to bytes in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self.size = len(data)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self._data[offset : offset + size])
+
+    def close(self) -> None:
+        self._data.release()
+
+
+class File:
+    """Random access to a file, by positioned reads, so that threads share it and nothing is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container whose geometry has been checked against a fragment; sections are read on demand."""
+
+    header: Header
+    fragment: Fragment
+    codec: Codec
+    chunks: tuple[Chunk, ...]
+    _source: Bytes | File
+    _offsets: tuple[int, ...]
+
+    def raw(self, section: int) -> U8:
+        """The raw bytes of one section. Raises FormatError where they are not what the header promised."""
+        size, raw_size = self.header.sizes[section], self.codec.size(self.chunks[section].size)
+        data = self._source.read(self._offsets[section], size)
+        if len(data) != size:
+            raise FormatError(f"section {section} is cut short: {len(data)} of {size} bytes")
+        if self.header.zstd:
+            data = _decompress(data, raw_size, section)
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def accumulate(self, section: int, weight: float, acc: F32) -> None:
+        """acc += weight · decoded section; acc is fp32 (chunks[section].size,)."""
+        self.codec.accumulate(self.raw(section), weight, acc)
+
+    def add_to(self, flat: F32) -> None:
+        """flat += decoded, the whole fragment, in place."""
+        for section, chunk in enumerate(self.chunks):
+            self.accumulate(section, 1.0, flat[chunk.start : chunk.stop])
+
+    def decode(self) -> F32:
+        """The whole fragment as a new flat fp32 vector."""
+        flat = np.zeros(self.fragment.size, dtype=np.float32)
+        self.add_to(flat)
+        return flat
+
+    def screened(self) -> Iterator[F32]:
+        """Each chunk decoded, in order. Raises FormatError naming the first section that is malformed."""
+        for section, chunk in enumerate(self.chunks):
+            raw = self.raw(section)
+            try:
+                self.codec.check(raw, chunk.size)
+            except FormatError as error:
+                raise FormatError(f"section {section}: {error}") from None
+            yield self.codec.decode(raw, chunk.size)
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_header(source: Bytes | File, bound: int) -> tuple[Header, int]:
+    """The header and the offset of the first section; `bound` limits the header's bytes."""
+    prefix = source.read(0, _PREFIX.size)
+    if len(prefix) < _PREFIX.size or prefix[:7] != MAGIC[:7]:
+        raise FormatError("not an Isthmus container: the magic is missing")
+    magic, length = _PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise FormatError(f"container format {magic[7]} is not known here; this is format {MAGIC[7]}")
+    if length > bound:
+        raise FormatError(f"the header claims {length} bytes; at most {bound} fit this fragment")
+    packed = source.read(_PREFIX.size, length)
+    if len(packed) != length:
+        raise FormatError(f"the header is cut short: {len(packed)} of {length} bytes")
+    try:
+        fields = msgpack.unpackb(packed, use_list=True)
+        return Header.model_validate(_tuples(fields)), _PREFIX.size + length
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"the header's {where or 'fields'}: {first['msg']}") from None
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise FormatError(f"the header is not msgpack: {error}") from None
+
+
+def open_container(source: bytes | Path, fragment: Fragment, codecs: Sequence[str] | None = None) -> Container:
+    """The container in `source`, its whole geometry checked against `fragment`.
+
+    `codecs` are those that the run allows here; None: any that is known. Raises FormatError.
+    """
+    reader = Bytes(source) if isinstance(source, bytes) else File(source)
+    try:
+        return _checked(reader, fragment, codecs)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _checked(reader: Bytes | File, fragment: Fragment, codecs: Sequence[str] | None) -> Container:
+    header, start = read_header(reader, header_bound(fragment))
+    if header.fragment != fragment.index:
+        raise FormatError(f"the container is of fragment {header.fragment}, not {fragment.index}")
+    if header.codec not in (CODECS if codecs is None else codecs):
+        allowed = ", ".join(CODECS if codecs is None else codecs)
+        raise FormatError(f"codec {header.codec!r} is not allowed here; {allowed} would do")
+    table = [(tensor.name, list(tensor.shape)) for tensor in fragment.tensors]
+    if header.tensors != table:
+        raise FormatError(f"the tensor table is not that of fragment {fragment.index}")
+    if header.chunk != CHUNK_ELEMENTS:
+        raise FormatError(f"chunks of {header.chunk} elements are not known here; {CHUNK_ELEMENTS} would do")
+    codec, chunks = CODECS[header.codec], tuple(fragment.chunks(header.chunk))
+    if len(header.sizes) != len(chunks):
+        raise FormatError(f"{len(header.sizes)} sections where the fragment has {len(chunks)} chunks")
+    offsets = []
+    for section, (size, chunk) in enumerate(zip(header.sizes, chunks, strict=True)):
+        raw_size = codec.size(chunk.size)
+        if size > section_bound(raw_size) or (not header.zstd and size != raw_size):
+            raise FormatError(f"section {section} claims {size} bytes for {raw_size} raw ones")
+        offsets.append(start)
+        start += size
+    if start != reader.size:
+        raise FormatError(f"the container has {reader.size} bytes and its sections end at {start}")
+    return Container(header, fragment, codec, chunks, reader, tuple(offsets))
+
+
+def tensor_table(fragment: Fragment) -> list[tuple[str, list[int]]]:
+    """The header's `tensors` for this fragment."""
+    return [(tensor.name, list(tensor.shape)) for tensor in fragment.tensors]
+
+
+def blob_digest(data: bytes) -> str:
+    """SHA-256 of a whole container, hexadecimal: its address, its ETag, its identity on the wire."""
+    return sha256(data).hexdigest()
+
+
+def _decompress(data: bytes, raw_size: int, section: int) -> bytes:
+    try:
+        claimed = zstandard.get_frame_parameters(data).content_size
+        if claimed != raw_size:
+            raise FormatError(f"section {section} claims {claimed} raw bytes and the codec needs {raw_size}")
+        raw = _zstd.decompressor.decompress(data, max_output_size=raw_size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"section {section} is not a sound zstd frame: {error}") from None
+    if len(raw) != raw_size:
+        raise FormatError(f"section {section} holds {len(raw)} raw bytes and the codec needs {raw_size}")
+    return raw
+
+
+def _tuples(fields: object) -> object:
+    """msgpack has lists only; the tensor table's rows are pairs."""
+    if isinstance(fields, dict) and isinstance(fields.get("tensors"), list):
+        fields["tensors"] = [tuple(row) if isinstance(row, list) else row for row in fields["tensors"]]
+    return fields

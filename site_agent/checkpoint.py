@@ -1,0 +1,150 @@
+"""A site's local checkpoints: everything that a restarted agent needs to go on as if it had not stopped.
+
+One directory each, `step-N/`, with `tensors.safetensors` (weights, inner optimizer, anchors, snapshots on
+their way, error feedback) and `manifest.json` (counters, decisions, data position); written beside and
+renamed, the last two kept. They belong to one run, and only ever speed this site up: published weights
+come from the coordinator.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shared.errors import ConfigError
+from site_agent.core.budget import Progress
+from site_agent.core.schedule import Cycle
+from site_agent.core.site import FragmentView, InFlight, Settings, SiteCore
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+
+
+def save(directory: Path, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of `step` durably and drops all but the last two. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    final, beside = directory / f"step-{step:012d}", directory / f".step-{step:012d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+    (beside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for path in (*beside.iterdir(), beside):
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _sync(directory)
+    for old in sorted(directory.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, manifest) of the newest readable checkpoint; None where there is none.
+
+    Raises ConfigError where the directory holds another run's.
+    """
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "tensors.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            log.warning("checkpoint %s cannot be read (%s); trying the one before", path, error)
+            continue
+        if manifest.get("run") != run:
+            raise ConfigError(
+                f"[site] state: {directory} holds checkpoints of run {manifest.get('run')}, and this is {run}; "
+                "name another directory, or remove that one"
+            )
+        return tensors, manifest
+    return None
+
+
+def pack_core(core: SiteCore) -> dict[str, Any]:
+    """The decisions' state as plain data. What was measured is not part of it: a restart measures anew."""
+    return {
+        "steps": core.steps,
+        "tokens": core.tokens,
+        "pace": core.pace,
+        "furthest": core.furthest,
+        "due": core.due,
+        "cycle": asdict(core.cycle),
+        "fragments": [
+            {
+                "version": view.version,
+                "progress": asdict(view.progress),
+                "counted_tokens": view.counted_tokens,
+                "counted_steps": view.counted_steps,
+                "complete": view.complete,
+                "in_flight": asdict(view.in_flight) if view.in_flight else None,
+            }
+            for view in core.fragments
+        ],
+    }
+
+
+def unpack_core(state: Mapping[str, Any], settings: Settings) -> SiteCore:
+    """The inverse of `pack_core`."""
+    views = [
+        FragmentView(
+            version=view["version"],
+            progress=Progress(**view["progress"]),
+            counted_tokens=view["counted_tokens"],
+            counted_steps=view["counted_steps"],
+            complete=view["complete"],
+            in_flight=InFlight(**view["in_flight"]) if view["in_flight"] else None,
+        )
+        for view in state["fragments"]
+    ]
+    return SiteCore(
+        settings,
+        views,
+        Cycle(**state["cycle"]),
+        state["pace"],
+        steps=state["steps"],
+        tokens=state["tokens"],
+        due=list(state["due"]),
+        furthest=state["furthest"],
+    )
+
+
+def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as named tensors, and what is not a tensor as plain data."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            name = f"optimizer.{index}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach().cpu().clone()
+            else:
+                plain[name] = value
+    return tensors, plain
+
+
+def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """The inverse of `pack_optimizer`; parameter groups stay as the run's config makes them."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (*tensors.items(), *plain.items()):
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""A site's decisions: step, take a snapshot, align, wait, or be done.
+
+The agent asks `next_action` at every step boundary, does what it says, and reports back; news from the
+network come in as events between steps. Versions, counts and times only: tensors are the agent's business.
+A fragment has at most one contribution on its way, so a site waits in exactly two cases: τ steps have
+passed since a snapshot whose version is late, or the fragment is due again before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from site_agent.core.budget import Progress
+from site_agent.core.schedule import Cycle, next_cycle
+from site_agent.core.tempo import Tempo
+
+How = Literal["align", "rebase", "overwrite"]
+"""How to take up an arrived version: by the run's rule after an accepted contribution; with all progress since the
+old anchor, after a refused one; or dropping that progress, where it was delivered before a restart."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Train one inner step."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Take the fragment's pseudo-gradient and send it."""
+
+    fragment: int
+    base_version: int
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Align:
+    """Take up the arrived version of the fragment."""
+
+    fragment: int
+    version: int
+    how: How
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do until news of this fragment come in."""
+
+    fragment: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """Every fragment has merged the budget."""
+
+
+Action = Step | Snapshot | Align | Wait | Done
+
+
+@dataclass
+class InFlight:
+    """A contribution on its way: local counts at its snapshot, and the version that will hold it, once known."""
+
+    base_version: int
+    step: int
+    local_tokens: int
+    tokens: int
+    steps: int
+    taken_at: float
+    holding: int | None = None
+
+
+@dataclass
+class Arrived:
+    """A version that is here and not yet aligned with."""
+
+    version: int
+    tokens: int
+    how: How
+
+
+@dataclass
+class FragmentView:
+    """A fragment at this site. `counted_*`: local steps and tokens that accepted contributions have covered."""
+
+    version: int
+    progress: Progress
+    counted_tokens: int = 0
+    counted_steps: int = 0
+    in_flight: InFlight | None = None
+    arrived: Arrived | None = None
+    fetching: bool = False
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`overlap` is τ as configured; `budget` the run's tokens."""
+
+    overlap: Literal["auto", "unbounded"] | int
+    budget: int
+
+
+@dataclass
+class SiteCore:
+    """The state of one site; see the module's docstring."""
+
+    settings: Settings
+    fragments: list[FragmentView]
+    cycle: Cycle
+    pace: float
+    tempo: Tempo = field(default_factory=Tempo)
+    steps: int = 0
+    tokens: int = 0
+    due: list[int] = field(default_factory=list)
+    furthest: float = 0.0
+
+    @classmethod
+    def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, sites: int) -> SiteCore:
+        """A site that starts training: (version, merged tokens) of each fragment, its pace, the number of sites."""
+        views = [FragmentView(version, Progress(tokens, 0, float(sites))) for version, tokens in versions]
+        for view in views:
+            view.complete = view.progress.merged >= settings.budget
+        return cls(settings, views, next_cycle(0, pace), pace)
+
+    # -- the decision
+
+    def next_action(self) -> Action:
+        """What to do now; asked again until it says Step."""
+        if all(view.complete for view in self.fragments):
+            return Done()
+        for p in self._by_snapshot():
+            view = self.fragments[p]
+            if view.arrived is not None and self._may_align(view):
+                return Align(p, view.arrived.version, view.arrived.how)
+            if view.in_flight is not None and self._must_align(view.in_flight):
+                return Wait(p)
+        while self.due:
+            p = self.due[0]
+            view = self.fragments[p]
+            if view.complete:
+                self.due.pop(0)
+                continue
+            if view.arrived is not None:
+                return Align(p, view.arrived.version, view.arrived.how)
+            if view.in_flight is not None or view.fetching:
+                return Wait(p)
+            return Snapshot(p, view.version, self.tokens - view.counted_tokens, self.steps - view.counted_steps)
+        return Step()
+
+    # -- what the agent has done
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """An inner step over `tokens` tokens took `seconds`."""
+        self.steps += 1
+        self.tokens += tokens
+        self.tempo.stepped(seconds)
+        self.due += self.cycle.due(self.steps, len(self.fragments))
+        if self.steps >= self.cycle.end:
+            self.cycle = next_cycle(self.steps, self.pace, self.cycle.carry)
+        self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
+
+    def snapshot_taken(self, action: Snapshot, now: float) -> None:
+        self.due.remove(action.fragment)
+        self.fragments[action.fragment].in_flight = InFlight(
+            action.base_version, self.steps, self.tokens, action.tokens, action.steps, now
+        )
+
+    def aligned(self, fragment: int) -> None:
+        """The arrived version has been taken up."""
+        view = self.fragments[fragment]
+        arrived, flight = view.arrived, view.in_flight
+        if arrived is None:
+            raise ValueError(f"fragment {fragment} has no version to align with")
+        if flight is not None and arrived.how == "align":
+            view.progress.advance(arrived.tokens, flight.local_tokens, flight.tokens)
+        else:
+            view.progress.advance(arrived.tokens, self.tokens, 0)
+        if arrived.how == "overwrite":
+            view.counted_tokens, view.counted_steps = self.tokens, self.steps
+        view.version, view.arrived, view.in_flight = arrived.version, None, None
+        view.complete = arrived.tokens >= self.settings.budget
+
+    # -- news
+
+    def accepted(self, fragment: int, version: int, now: float) -> None:
+        """The contribution on its way was accepted; `version` will hold it."""
+        view = self.fragments[fragment]
+        if (flight := view.in_flight) is None or flight.holding is not None:
+            return
+        flight.holding = version
+        view.counted_tokens += flight.tokens
+        view.counted_steps += flight.steps
+        self.tempo.synced(now - flight.taken_at)
+
+    def arrived(self, fragment: int, version: int, tokens: int, how: How, now: float) -> None:
+        """A version is here."""
+        view = self.fragments[fragment]
+        view.arrived, view.fetching = Arrived(version, tokens, how), False
+        if view.in_flight is not None and how == "align":
+            self.tempo.round_trip(now - view.in_flight.taken_at)
+
+    def completed(self, fragment: int) -> None:
+        """The coordinator takes no more contributions to this fragment."""
+        view = self.fragments[fragment]
+        view.complete, view.in_flight, view.arrived = True, None, None
+
+    @property
+    def overlap_seconds(self) -> float:
+        """What τ steps take here; 0 where τ has no bound or nothing is measured."""
+        return (self.tempo.overlap(self.settings.overlap) or 0) * self.tempo.step_seconds
+
+    # -- rules
+
+    def _by_snapshot(self) -> list[int]:
+        """Fragments that have something on its way or here, oldest snapshot first."""
+        busy = [p for p, v in enumerate(self.fragments) if not v.complete and (v.in_flight or v.arrived)]
+        return sorted(busy, key=lambda p: (flight.step if (flight := self.fragments[p].in_flight) else -1, p))
+
+    def _may_align(self, view: FragmentView) -> bool:
+        """A fixed τ is kept to the step, so that a run can be repeated; otherwise sooner is better."""
+        fixed = isinstance(self.settings.overlap, int)
+        return not fixed or view.in_flight is None or self._must_align(view.in_flight)
+
+    def _must_align(self, flight: InFlight) -> bool:
+        overlap = self.tempo.overlap(self.settings.overlap)
+        return overlap is not None and self.steps >= flight.step + overlap

@@ -1,0 +1,425 @@
+"""The courier: everything that a site does with the network, in a thread beside the training.
+
+The agent hands it contributions and asks for versions; what becomes of them comes back as events on a
+queue that the agent looks at between steps. An anchor is never changed in place: the courier builds the
+next one in a new array, checks its digest, and passes it over whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import queue
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
+from shared.fragments import CHUNK_ELEMENTS, F32, Fragment, Layout, digest_flat
+from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
+from shared.wire import Header, blob_digest, encode_flat, open_container, tensor_table
+from site_agent.core.site import How
+from site_agent.link import Credentials, Link, Refusal, backoff
+from site_agent.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+HEARTBEATS_PER_LEASE = 15
+READY_HEARTBEAT_SECONDS = 0.25
+LEAVE_SECONDS = 5.0
+DELTAS_PER_SNAPSHOT = 4
+"""Up to so many deltas are fetched one by one; beyond, one fp32 snapshot is fewer bytes (4 against about 1 each)."""
+SNAPSHOT_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published version at this site: fp32 (fragment.size,), never written to."""
+
+    version: int
+    digest: str
+    tokens: int
+    flat: F32
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None)."""
+
+    fragment: int
+    anchor: Anchor
+    snapshot: F32
+    residual: F32 | None
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The coordinator has the contribution; `residual` is the error feedback from now on (None: unchanged)."""
+
+    fragment: int
+    version: int
+    residual: F32 | None
+
+
+@dataclass(frozen=True)
+class ArrivedAnchor:
+    fragment: int
+    anchor: Anchor
+    how: How
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The coordinator takes no more contributions to this fragment."""
+
+    fragment: int
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """New orders came with a heartbeat."""
+
+    orders: Orders
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The courier cannot go on, and so cannot the agent."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Somebody asked this program to stop (signal number)."""
+
+    signal: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the agent says of itself with each heartbeat; see shared.protocol.Heartbeat."""
+
+    state: Literal["preparing", "ready", "training"]
+    steps: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    overlap_seconds: float = 0.0
+    sync_seconds: float = 0.0
+    training_share: float = 0.0
+    loss: float | None = None
+
+
+Event = Accepted | ArrivedAnchor | Completed | Ordered | Failed | Stop
+
+
+class Courier:
+    """Runs the event loop of the network in a thread. `report` is read with each heartbeat; set it whole."""
+
+    def __init__(self, url: str, who: Credentials, metrics: Metrics, join_patience: float, patience: float) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.report = Report("preparing")
+        self._evaluation: Evaluation | None = None
+        self._url, self._who, self._metrics = url, who, metrics
+        self._join_patience, self._patience = join_patience, patience
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="courier", daemon=True)
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._session = ""
+        self._rejoining = asyncio.Lock()
+        self._link: Link
+        self._joined: Joined
+        self._layout: Layout
+        self._upload_codec, self._zstd_level, self._feedback = "fp32", 0, False
+        self.repairs = 0
+
+    # -- called by the agent's thread
+
+    def join(self) -> Joined:
+        """Starts the thread and joins the run. Raises RefusedError, FaultError, ConfigError."""
+        self._thread.start()
+        return self._call(self._begin())
+
+    def begin_exchange(self, layout: Layout, upload_codec: str, zstd_level: int, feedback: bool) -> None:
+        """What it needs to know of the run before contributions and versions can travel."""
+        self._layout, self._upload_codec = layout, upload_codec
+        self._zstd_level, self._feedback = zstd_level, feedback
+
+    def send(self, parcel: Parcel) -> None:
+        """Encodes and uploads a contribution, and brings the version that it leads to."""
+        self._start(lambda: self._deliver(parcel))
+
+    def follow(self, fragment: int, anchor: Anchor, version: int) -> None:
+        """Brings the version that holds a contribution which was accepted before a restart."""
+        self._start(lambda: self._bring(fragment, anchor, version, "align"))
+
+    def fetch(self, fragment: int, anchor: Anchor | None, version: int, how: How) -> None:
+        """Brings `version` or a newer one, by deltas from `anchor` where these are fewer bytes than a snapshot."""
+        self._start(lambda: self._bring(fragment, anchor, version, how))
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Reports an evaluation with the next heartbeat."""
+        self._evaluation = evaluation
+
+    def close(self) -> None:
+        """Leaves the run, if it can within a few seconds, and ends the thread."""
+        if not self._thread.is_alive():
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=LEAVE_SECONDS + 5)
+        except (TimeoutError, IsthmusError) as error:
+            log.warning("left without a goodbye: %s", error)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- life of the loop
+
+    async def _begin(self) -> Joined:
+        self._link = await Link(self._url, self._who, self._patience, self._count).__aenter__()
+        self._joined = await self._link.join(_software(), self._join_patience)
+        self._session = self._joined.session
+        self._spawn(self._heartbeats())
+        return self._joined
+
+    async def _end(self) -> None:
+        for task in list(self._jobs):
+            task.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        try:
+            if self._session:
+                await self._link.leave(self._session, LEAVE_SECONDS)
+        finally:
+            if hasattr(self, "_link"):
+                await self._link.__aexit__()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Joined]) -> Joined:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._spawn(job()))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._jobs.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._jobs.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.events.put(Failed(error))
+
+    def _count(self, up: int, down: int) -> None:
+        self._metrics.bytes_up.inc(up)
+        self._metrics.bytes_down.inc(down)
+
+    # -- heartbeats
+
+    async def _heartbeats(self) -> None:
+        last: Orders | None = None
+        while True:
+            report, evaluation = self.report, self._evaluation
+            try:
+                orders = await self._link.heartbeat(self._heartbeat(report, evaluation))
+            except Refusal as refusal:
+                self._metrics.refused.labels(refusal.code).inc()
+                if refusal.code != Code.NOT_A_MEMBER:
+                    raise
+                await self._rejoin(self._session)
+                continue
+            self._metrics.connected.set(1)
+            if evaluation is not None and evaluation is self._evaluation:
+                self._evaluation = None
+            if orders != last:
+                self.events.put(Ordered(orders))
+                last = _without_evaluation(orders)
+            waiting = report.state != "training"
+            await asyncio.sleep(
+                READY_HEARTBEAT_SECONDS if waiting else self._joined.lease_seconds / HEARTBEATS_PER_LEASE
+            )
+
+    def _heartbeat(self, report: Report, evaluation: Evaluation | None) -> Heartbeat:
+        return Heartbeat(
+            run=self._link.run,
+            session=self._session,
+            state=report.state,
+            steps=report.steps,
+            tokens=report.tokens,
+            step_seconds=report.step_seconds,
+            overlap_seconds=report.overlap_seconds,
+            sync_seconds=report.sync_seconds,
+            training_share=min(1.0, max(0.0, report.training_share)),
+            loss=report.loss if report.loss is not None and abs(report.loss) <= 1e6 else None,
+            evaluation=evaluation,
+            repairs=self.repairs,
+        )
+
+    async def _rejoin(self, session: str) -> None:
+        """Joins again after the lease was lost; once, however many requests found out."""
+        async with self._rejoining:
+            if self._session != session:
+                return
+            run = self._link.run
+            log.warning("the lease was lost; joining again")
+            joined = await self._link.join(_software())
+            if joined.run != run:
+                raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
+            self._session = joined.session
+
+    # -- contributions
+
+    async def _deliver(self, parcel: Parcel) -> None:
+        p, base = parcel.fragment, parcel.anchor.version
+        body, residual = await asyncio.to_thread(self._encode, parcel)
+        digest = blob_digest(body)
+        while True:
+            session = self._session
+            opening = OpenUpload(
+                run=self._link.run,
+                site=self._who.site,
+                session=session,
+                fragment=p,
+                base_version=base,
+                size=len(body),
+                digest=digest,
+                body=None,
+            )
+            try:
+                version = (await self._link.contribute(opening, body)).version
+                break
+            except Refusal as refusal:
+                self._metrics.refused.labels(refusal.code).inc()
+                newest = refusal.version or base
+                match refusal.code:
+                    case Code.NOT_A_MEMBER:
+                        await self._rejoin(session)
+                    case Code.SUPERSEDED if session != self._session:
+                        pass  # this courier itself has joined again meanwhile
+                    case Code.WRONG_DIGEST:
+                        log.warning("a contribution was damaged on its way; sending it again")
+                    case Code.ALREADY_CONTRIBUTED:
+                        version, residual = max(base + 1, newest), None
+                        break
+                    case Code.RUN_FINISHED:
+                        self.events.put(Completed(p))
+                        return
+                    case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE:
+                        log.warning("fragment %d is aligned anew: %s", p, refusal.detail)
+                        anchor = None if refusal.code != Code.TOO_STALE else parcel.anchor
+                        await self._bring(p, anchor, newest, "rebase")
+                        return
+                    case _:
+                        raise
+        self._metrics.accepted.inc()
+        self.events.put(Accepted(p, version, residual))
+        await self._bring(p, parcel.anchor, version, "align")
+
+    def _encode(self, parcel: Parcel) -> tuple[bytes, F32 | None]:
+        """The contribution's container, and the error feedback that holds once it is accepted."""
+        fragment = self._layout.fragments[parcel.fragment]
+        delta = parcel.anchor.flat - parcel.snapshot
+        if parcel.residual is not None:
+            delta += parcel.residual
+        header = Header(
+            kind="contribution",
+            run=self._link.run,
+            site=self._who.site,
+            fragment=parcel.fragment,
+            base_version=parcel.anchor.version,
+            version=parcel.anchor.version,
+            digest=parcel.anchor.digest,
+            codec=self._upload_codec,
+            zstd=self._zstd_level > 0,
+            chunk=CHUNK_ELEMENTS,
+            tensors=tensor_table(fragment),
+            tokens=parcel.tokens,
+            steps=parcel.steps,
+            sizes=[],
+        )
+        residual = np.empty_like(delta) if self._feedback else None
+        try:
+            return encode_flat(header, fragment, delta, self._zstd_level, residual), residual
+        except ValueError as error:
+            raise FaultError(
+                f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
+            ) from None
+
+    # -- versions
+
+    async def _bring(self, p: int, anchor: Anchor | None, version: int, how: How) -> None:
+        """Posts the anchor of `version`, or of a newer one where only that is to be had."""
+        if anchor is not None and version - anchor.version <= DELTAS_PER_SNAPSHOT:
+            arrived = await self._by_deltas(p, anchor, version)
+        else:
+            arrived = None
+        if arrived is None:
+            arrived = await self._by_snapshot(p, version)
+        self.events.put(ArrivedAnchor(p, arrived, how))
+
+    async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
+        """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
+        while anchor.version < version:
+            try:
+                data = await self._link.delta(p, anchor.version + 1)
+            except Refusal as refusal:
+                if refusal.code != Code.VERSION_GONE:
+                    raise
+                return None
+            try:
+                anchor = await asyncio.to_thread(self._apply, self._layout.fragments[p], anchor, data)
+            except FormatError as error:
+                self.repairs += 1
+                self._metrics.repairs.inc()
+                log.error("fragment %d: %s; repaired from a snapshot", p, error)
+                return None
+        return anchor
+
+    async def _by_snapshot(self, p: int, version: int) -> Anchor:
+        for attempt in range(1, SNAPSHOT_TRIES + 1):
+            try:
+                data = await self._link.snapshot(p, version)
+                return await asyncio.to_thread(self._apply, self._layout.fragments[p], None, data)
+            except Refusal as refusal:
+                if refusal.code not in (Code.VERSION_GONE, Code.NOT_PUBLISHED):
+                    raise
+                # The version moved on while we asked, or is a moment away from being published.
+                version = refusal.version if refusal.version is not None else version
+            except FormatError as error:
+                log.error("snapshot of fragment %d: %s; fetching it again", p, error)
+            await asyncio.sleep(backoff(attempt, random.random()))
+        raise FaultError(f"no sound snapshot of fragment {p} could be had; look at the coordinator's log")
+
+    def _apply(self, fragment: Fragment, anchor: Anchor | None, data: bytes) -> Anchor:
+        """A delta on top of `anchor`, or (None) a snapshot. Raises FormatError where it is not what it should be."""
+        with open_container(data, fragment) as container:
+            header = container.header
+            expected = (
+                ("snapshot", self._link.run, header.version)
+                if anchor is None
+                else ("delta", self._link.run, anchor.version + 1)
+            )
+            if (header.kind, header.run, header.version) != expected:
+                raise FormatError(f"got {(header.kind, header.run, header.version)} in place of {expected}")
+            flat = np.zeros(fragment.size, dtype=np.float32) if anchor is None else anchor.flat.copy()
+            container.add_to(flat)
+        digest = digest_flat(flat, fragment.chunks())
+        if digest != header.digest:
+            raise FormatError(f"version {header.version} came out as {digest} and not {header.digest}")
+        return Anchor(header.version, digest, header.tokens, flat)
+
+
+def _without_evaluation(orders: Orders) -> Orders:
+    """The orders as they would be without a lease to evaluate: a second such lease must count as news."""
+    return orders.model_copy(update={"evaluate": False})
+
+
+def _software() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)[:128], "system": platform.system()}

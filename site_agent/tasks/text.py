@@ -1,0 +1,219 @@
+"""Text files as training windows: one array of bytes, a held-out split, disjoint shards, an exact restart.
+
+The text is cut into contiguous blocks, and blocks are what is dealt out: some to the held-out set, the
+others in turn to the shards. Dealing single windows would mix more finely, in exchange for windows of
+different shards that overlap as soon as an epoch shifts them. Inside its own blocks a shard may cut
+windows wherever it likes, and never sees a byte of another shard or of the held-out set.
+
+Nothing here depends on where the files lie, only on their relative order and their bytes: sites that
+have the same text agree on every block without exchanging a word about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shared.errors import ConfigError
+from shared.task import Shard
+
+SUFFIXES = (".txt", ".md")
+LEAST_BLOCKS = 64
+"""A small text is cut into at least so many blocks, so that it still splits among several sites."""
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Byte ranges of the text, `starts` up to but not including `ends`, both (N,) int64 in bytes."""
+
+    starts: Ints
+    ends: Ints
+
+    def pick(self, which: Any) -> Blocks:
+        return Blocks(self.starts[which], self.ends[which])
+
+    def windows(self, window: int, offsets: Ints | int) -> Ints:
+        """Starts of the consecutive windows that fit into each block after its offset, (W,) int64."""
+        counts = (self.ends - self.starts - offsets) // window  # (N,)
+        first = np.repeat(self.starts + offsets, counts)  # (W,)
+        index_of_block = np.repeat(np.cumsum(counts) - counts, counts)
+        windows: Ints = first + window * (np.arange(len(first)) - index_of_block)
+        return windows
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus and its split. `window` is context + 1 bytes: inputs, and targets one further on."""
+
+    corpus: Bytes
+    window: int
+    train: Blocks
+    held_out: Blocks
+
+    def training_blocks(self, shard: Shard, partition: Literal["sharded", "local"]) -> Blocks:
+        """The training blocks of `shard`: every `count`-th one, or all of them where the text is the site's own.
+
+        Raises ConfigError where there are fewer blocks than shards.
+        """
+        if partition == "local":
+            return self.train
+        if not 0 <= shard.index < shard.count:
+            raise ConfigError(f"there is no shard {shard.index} of {shard.count}; shards count from 0")
+        blocks = len(self.train.starts)
+        if blocks < shard.count:
+            raise ConfigError(
+                f"[data] paths: {len(self.corpus)} bytes of text make {blocks} training blocks, too few for "
+                f"{shard.count} shards; add text, or set a smaller block_bytes or context"
+            )
+        return self.train.pick(slice(shard.index, None, shard.count))
+
+    def held_out_batches(self, batch_size: int, most: int) -> list[Tensor]:
+        """At most `most` batches (B, window) int64, evenly over the held-out blocks, always the same."""
+        starts = self.held_out.windows(self.window, 0)
+        chosen = min(len(starts), most * batch_size)
+        starts = starts[np.arange(chosen) * len(starts) // chosen]
+        return [self.gather(starts[i : i + batch_size]) for i in range(0, chosen, batch_size)]
+
+    def gather(self, starts: Ints) -> Tensor:
+        """The windows at `starts`, (B, window) int64."""
+        rows = self.corpus[starts[:, None] + np.arange(self.window)]  # (B, window) uint8
+        return torch.from_numpy(rows.astype(np.int64))
+
+
+class WindowStream:
+    """An endless `BatchStream` over one shard's windows, each epoch in another order.
+
+    Epoch e shuffles its windows under (seed, shard, e) and shifts each block's windows by a random part
+    of a window, so that the model is not shown the same cuts again; the bytes before the shift wait for
+    another epoch. All of it follows from the epoch's number. The whole state is therefore two integers,
+    and a restart costs one shuffle, however far the run is. An epoch's order holds 8 bytes per window.
+
+    A batch may cross into the next epoch. Dropping the remainder would be simpler, in exchange for
+    windows that go unseen and shards of fewer windows than a batch that never yield anything.
+    """
+
+    def __init__(self, text: Text, blocks: Blocks, shard: Shard, batch_size: int) -> None:
+        self.text = text
+        self.blocks = blocks
+        self.shard = shard
+        self.batch_size = batch_size
+        self._enter(0, 0)
+
+    def __iter__(self) -> WindowStream:
+        return self
+
+    def __next__(self) -> Tensor:
+        """(B, window) int64."""
+        parts: list[Ints] = []
+        missing = self.batch_size
+        while missing:
+            if self._position >= len(self._order):
+                self._enter(self._epoch + 1, 0)
+            part = self._order[self._position : self._position + missing]
+            self._position += len(part)
+            missing -= len(part)
+            parts.append(part)
+        return self.text.gather(np.concatenate(parts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many of its windows have been seen."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues at the next unseen window; at the next epoch where the text has shrunk to fewer windows."""
+        self._enter(int(state["epoch"]), int(state["position"]))
+
+    def _enter(self, epoch: int, position: int) -> None:
+        rng = np.random.default_rng((self.shard.seed, self.shard.index, epoch))
+        lengths = self.blocks.ends - self.blocks.starts
+        slack = np.minimum(self.text.window, lengths - self.text.window + 1)  # at least one window stays whole
+        self._order = self.blocks.windows(self.text.window, rng.integers(0, slack))
+        rng.shuffle(self._order)
+        self._epoch, self._position = epoch, position
+
+
+def open_text(paths: str | Sequence[str], context: int, block_bytes: int, held_out: float) -> Text:
+    """The text at `paths`, cut into blocks of `block_bytes` or more with a `held_out` share set apart.
+
+    A text of fewer than 64 such blocks gets shorter ones, down to one window of context + 1 bytes.
+    Raises ConfigError where files are missing or hold too little.
+    """
+    corpus = read_corpus(paths)
+    window = context + 1
+    count = len(corpus) // min(block_bytes, max(window, len(corpus) // LEAST_BLOCKS))
+    if count < 2:
+        raise ConfigError(
+            f"[data] paths: {len(corpus)} bytes of text are too few for context = {context}, which needs "
+            f"{2 * window} (one window to train on, one held out); add text, or set a smaller context"
+        )
+    bounds = np.arange(count + 1, dtype=np.int64) * len(corpus) // count
+    blocks = Blocks(bounds[:-1], bounds[1:])
+    held = evenly_spread(count, min(count - 1, max(1, round(held_out * count))))
+    return Text(corpus, window, train=blocks.pick(~held), held_out=blocks.pick(held))
+
+
+def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.bool_]:
+    """(count,) bool with `chosen` True, every (count/chosen)-th one, first and last gap alike."""
+    mask = np.zeros(count, dtype=np.bool_)
+    mask[(2 * np.arange(chosen) + 1) * count // (2 * chosen)] = True
+    return mask
+
+
+def read_corpus(paths: str | Sequence[str]) -> Bytes:
+    """All files at `paths`, one after the other, (N,) uint8. One file is mapped, not read.
+
+    Raises ConfigError where a path names nothing, or where there is no text at all.
+    """
+    named = [paths] if isinstance(paths, str) else list(paths)
+    if not named:
+        raise ConfigError("[data] paths: not set; name a text file, a directory of *.txt or *.md, or a pattern")
+    files = list(dict.fromkeys(file for name in named for file in _files(name)))
+    try:
+        corpus = _map(files[0]) if len(files) == 1 else np.concatenate([_map(file) for file in files])
+    except OSError as error:
+        raise ConfigError(f"[data] paths: {error.filename} cannot be read ({error.strerror})") from error
+    if not len(corpus):
+        raise ConfigError(f"[data] paths: no text in {', '.join(map(repr, named))}; name files that are not empty")
+    return corpus
+
+
+def _map(file: Path) -> Bytes:
+    if not file.stat().st_size:  # an empty file cannot be mapped
+        return np.empty(0, dtype=np.uint8)
+    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+
+
+def _files(name: str) -> list[Path]:
+    """The files that `name` stands for, resolved, in the order of their names."""
+    path = Path(name).expanduser()
+    if path.exists():
+        found = [path]
+    elif any(sign in name for sign in "*?["):
+        try:
+            found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        except ValueError as error:
+            raise ConfigError(f"[data] paths: {name!r} is no pattern ({error}); correct it") from error
+    else:
+        found = []
+    if not found:
+        raise ConfigError(f"[data] paths: no file, directory or pattern {name!r} in {Path.cwd()}; correct the path")
+    files = [file for place in found for file in (_in_directory(place) if place.is_dir() else [place])]
+    if not files:
+        raise ConfigError(f"[data] paths: no *.txt or *.md in {name!r} (from {Path.cwd()}); name one that has some")
+    return [file.resolve() for file in files]
+
+
+def _in_directory(directory: Path) -> list[Path]:
+    """Sorted by the path inside the directory: the directory's own place must not change the order."""
+    texts = (file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(texts, key=lambda file: file.relative_to(directory).as_posix())

@@ -1,0 +1,1 @@
+"""The inner loop: devices, optimizers, schedules, and the trainer that holds the model."""
