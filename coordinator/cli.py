@@ -137,9 +137,6 @@ def _show(status: dict[str, Any]) -> None:
     )
     sites = Table("site", "state", "steps", "tokens", "s/step", "pace", "training", "loss")
     for site in status["sites"]:
-        if not site["live"]:
-            sites.add_row(site["name"], "away")
-            continue
         train_loss = "–" if site["loss"] is None else f"{site['loss']:.4f}"
         sites.add_row(
             site["name"],

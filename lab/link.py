@@ -92,7 +92,7 @@ class _Pump:
     """One direction of one connection: reads from one end, writes to the other when the lane says so."""
 
     def __init__(self, lane: _Lane, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        self.done = asyncio.Event()  # the source's end of stream has reached the sink
+        self.done = asyncio.Event()  # nothing more will reach the sink
         self._lane = lane
         self._source = source
         self._sink = sink
@@ -147,6 +147,7 @@ class _Pump:
                 await self._sink.drain()
             except OSError:
                 # The sink is gone, but its last words (an early refusal, say) may still be on their way back.
+                self.done.set()
                 await back.done.wait()
                 raise
             self._lane.delivered += len(chunk)

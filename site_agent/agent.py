@@ -246,6 +246,8 @@ class Agent:
             self._take_in_all()
             match core.next_action():
                 case Done():
+                    self._report()
+                    self._save_before_leaving()
                     return
                 case Step():
                     self._step()

@@ -196,6 +196,8 @@ class Courier:
         await asyncio.gather(*self._jobs, return_exceptions=True)
         try:
             if self._session:
+                # A last report, so that the books close on what was really done.
+                await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
                 await self._link.leave(self._session, LEAVE_SECONDS)
         finally:
             if hasattr(self, "_link"):

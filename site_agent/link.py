@@ -141,9 +141,9 @@ class Link:
         self.run = joined.run
         return joined
 
-    async def heartbeat(self, message: Heartbeat) -> Orders:
+    async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
         path = f"/v1/sites/{self._who.site}/heartbeat"
-        return _understood(Orders, await self._ask(self._control, "POST", path, pack(message)))
+        return _understood(Orders, await self._ask(self._control, "POST", path, pack(message), patience))
 
     async def leave(self, session: str, patience: float) -> None:
         message = Leave(run=self.run, session=session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordinator.core.membership import Report
 from coordinator.service import Coordinator
 
 
@@ -49,14 +50,7 @@ def status_document(c: Coordinator) -> dict[str, Any]:
         "evaluations": [{"tokens": tokens, "loss": loss} for tokens, loss in c.evaluations],
         "min_sites": core.plan.min_sites,
         "storage_fault": c.workers.storage_fault,
-        "sites": [
-            {
-                "name": name,
-                "live": name in core.members.live,
-                **_member(c, name, now),
-            }
-            for name in sorted(core.roster | core.members.live.keys())
-        ],
+        "sites": [_site(c, name, now) for name in sorted(core.roster | core.members.live.keys())],
         "fragments": [
             {
                 "fragment": p,
@@ -72,14 +66,14 @@ def status_document(c: Coordinator) -> dict[str, Any]:
     }
 
 
-def _member(c: Coordinator, name: str, now: float) -> dict[str, Any]:
-    member = c.core.members.live.get(name)
-    if member is None:
-        return {}
-    report = member.report
+def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
+    """A site as it last reported itself; `live` says whether it still holds a lease."""
+    member, report = c.core.members.live.get(name), c.core.reports.get(name, Report("preparing"))
     return {
-        "state": report.state,
-        "lease_seconds": round(member.lease_until - now, 1),
+        "name": name,
+        "live": member is not None,
+        "state": report.state if member else "away",
+        "lease_seconds": round(member.lease_until - now, 1) if member else None,
         "steps": report.steps,
         "tokens": report.tokens,
         "step_seconds": report.step_seconds,

@@ -94,6 +94,7 @@ class RunCore:
         self.members = membership or Membership()
         self.fragments = [FragmentState() for _ in range(plan.fragments)]
         self.roster: set[str] = set()
+        self.reports: dict[str, Report] = {}
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
         self.started = False
         self.finished = False
@@ -146,7 +147,7 @@ class RunCore:
         if before == "training" and report.state != "training":
             # Sent before the order to start had arrived: from that order on the rounds wait for this site.
             report = replace(report, state="training")
-        self.members.live[site].report = report
+        self.members.live[site].report = self.reports[site] = report
         decisions: list[Decision] = []
         if report.state == "training" and before != "training":
             decisions.append(SiteActive(site, True))

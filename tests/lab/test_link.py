@@ -196,41 +196,54 @@ async def test_server_that_has_said_all_still_hears_the_client() -> None:
         assert await heard == b"one more thing"
 
 
-async def test_answer_on_its_way_outlives_the_server() -> None:
-    class Gone(asyncio.StreamWriter):
-        def __init__(self) -> None: ...
-        def __del__(self) -> None: ...
-        def write(self, data: object) -> None:
-            raise BrokenPipeError
+class GoneSink(asyncio.StreamWriter):
+    """The writing side of a connection whose peer is gone."""
 
-    class Kept(Gone):
-        heard = b""
+    def __init__(self) -> None: ...
+    def __del__(self) -> None: ...
+    def write(self, data: object) -> None:
+        raise BrokenPipeError
 
-        def write(self, data: object) -> None:
-            assert isinstance(data, bytes)
-            self.heard += data
 
-        def write_eof(self) -> None:
-            self.heard += b"."
+class KeepingSink(GoneSink):
+    """Keeps what is written to it; a dot stands for the end of the stream."""
 
-        async def drain(self) -> None: ...
+    heard = b""
 
-    from_client, from_server, to_client = asyncio.StreamReader(), asyncio.StreamReader(), Kept()
-    up = _Pump(_Lane(LinkSettings(), "up"), from_client, Gone())
-    down = _Pump(_Lane(LinkSettings(rtt=0.05), "down"), from_server, to_client)
+    def write(self, data: object) -> None:
+        assert isinstance(data, bytes)
+        self.heard += data
+
+    def write_eof(self) -> None:
+        self.heard += b"."
+
+    async def drain(self) -> None: ...
+
+
+async def relay_upload_and_refusal(to_server: GoneSink, to_client: GoneSink) -> None:
+    from_client, from_server = asyncio.StreamReader(), asyncio.StreamReader()
     from_client.feed_data(b"a large body")
     from_server.feed_data(b"too large")
     from_server.feed_eof()
+    up = _Pump(_Lane(LinkSettings(), "up"), from_client, to_server)
+    down = _Pump(_Lane(LinkSettings(rtt=0.05), "down"), from_server, to_client)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(up.run(back=down))
+        tasks.create_task(down.run(back=up))
 
-    async def relay() -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(up.run(back=down))
-            tasks.create_task(down.run(back=up))
 
+async def test_answer_on_its_way_outlives_the_server() -> None:
+    to_client = KeepingSink()
     with pytest.raises(BaseExceptionGroup) as failed:
-        await relay()
+        await relay_upload_and_refusal(GoneSink(), to_client)
     assert failed.group_contains(BrokenPipeError)
     assert to_client.heard == b"too large."
+
+
+async def test_connection_ends_when_both_ends_are_gone() -> None:
+    with pytest.raises(BaseExceptionGroup) as failed:
+        await relay_upload_and_refusal(GoneSink(), GoneSink())
+    assert failed.group_contains(BrokenPipeError)
 
 
 async def test_end_of_the_connection_waits_for_a_client_that_reads_late() -> None:

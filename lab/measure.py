@@ -1,0 +1,51 @@
+"""Small measurements that the demo stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coordinator.export import read_states
+from shared.config import RunConfig
+from shared.fragments import TensorSpec, build_layout, digest_flat
+from shared.task import Shard, build_model, load_task
+from site_agent import checkpoint
+from site_agent.training.trainer import Trainer
+
+CALIBRATION_STEPS, CALIBRATION_SECONDS = 20, 3.0
+
+
+def training_speed(config: RunConfig) -> float:
+    """Tokens per second of one site at full speed on one thread of this machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        task = load_task(config.task.use, config.task.options())
+        model = build_model(task, config.run.seed)
+        layout = build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], 1, "balanced")
+        trainer = Trainer(task, model, layout, config.inner, torch.device("cpu"))
+        stream = task.train_batches(Shard(0, 1), config.inner.batch_size)
+        _, tokens, _ = trainer.step(stream, config.inner.lr)
+        return tokens / trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
+    """Whether every site's anchors, as its last local checkpoint holds them, are bit for bit the coordinator's
+    published weights of the same version, by fresh digests of both."""
+    _, run, states = read_states(coordinator)
+    for site in sites:
+        saved = checkpoint.load_newest(site, run)
+        if saved is None:
+            return False
+        tensors, manifest = saved
+        for p, (state, (version, *_)) in enumerate(zip(states, manifest["anchors"], strict=True)):
+            chunks, anchor = state.fragment.chunks(), tensors[f"anchor.{p}"].numpy()
+            if version != state.version or digest_flat(anchor, chunks) != digest_flat(state.published, chunks):
+                return False
+            if not np.array_equal(anchor.view(np.uint32), state.published.view(np.uint32)):
+                return False
+    return True
