@@ -228,9 +228,9 @@ class Coordinator:
         journal, durably = self.store.journal, self.workers.durably
         for decision in decisions:
             match decision:
-                case StartRun():
-                    await durably(self.workers.writer, "the start", journal.set_meta, started="1")
-                    log.info("training starts with %s", ", ".join(sorted(self.core.members.live)))
+                case StartRun(sites):
+                    await durably(self.workers.writer, "the start", journal.start_run, sites)
+                    log.info("training starts with %s", ", ".join(sites))
                 case SiteActive(site, active, expired):
                     if expired:
                         self.metrics.leases_lost.labels(site).inc()

@@ -6,18 +6,21 @@
 #   docker/verify.sh            as root, on a Debian; ten minutes and 20 GB under TMPDIR on two cores
 #
 # buildah builds and runs, with chroot for isolation. The base image is bootstrapped from Debian under the name that
-# FROM has, so that no registry of images is asked. pip's settings on this machine hold in the builds too: its
+# FROM has, so that no registry of images is asked. STORAGE_DRIVER=vfs is for kernels that refuse buildah's overlays. pip's settings on this machine hold in the builds too: its
 # configuration, its PIP_* variables, and the local directories that they name. PIP_EXTRA_ARGS is the builds' argument.
 # Missing tools are installed from Debian.
 set -euo pipefail
 
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/isthmus-verify.XXXXXX")
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs DEBIAN_FRONTEND=noninteractive
+mkdir "$work/tmp"
+export BUILDAH_ISOLATION=chroot DEBIAN_FRONTEND=noninteractive
 base=docker.io/library/python:3.11-slim
 suite=bookworm # its python3 is 3.11
 sites=(eu-west us-east)
 started=()
+blobs=/var/lib/containers/cache # the one place that buildah writes to outside of its roots
+had_blobs=$([ -e "$blobs" ] && echo yes || true)
 
 die() {
     echo "verify.sh: $*" >&2
@@ -26,22 +29,28 @@ die() {
 
 ok() { printf 'ok %5ds  %s\n' "$SECONDS" "$*"; }
 
-b() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+b() {
+    TMPDIR=$work/tmp buildah --root "$work/storage" --runroot "$work/run" \
+        ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} "$@"
+}
 
 clean_up() {
     local status=$? log pid mount
     trap - EXIT
     for pid in ${started[@]+"${started[@]}"}; do kill_tree "$pid" KILL; done
     if [ "$status" != 0 ]; then
-        for log in "$work"/*.log; do
-            [ -s "$log" ] && { echo "--- the end of ${log##*/}"; tail -n 25 "$log"; } >&2
-        done
+        find "$work" -maxdepth 1 -name '*.log' -size +0 -printf '%T@ %p\n' | sort -n | tail -n 4 | cut -d' ' -f2 |
+            while read -r log; do echo "--- the end of ${log##*/}" && tail -n 20 "$log"; done >&2
         echo "FAIL" >&2
     fi
     wait
     b rm --all >/dev/null 2>&1 || true
     while read -r mount; do umount -l "$mount"; done < <(awk -v top="$work/" 'index($2, top) == 1 {print $2}' /proc/mounts | tac)
     rm -rf --one-file-system "$work"
+    if [ -z "$had_blobs" ]; then
+        rm -rf "$blobs"
+        rmdir --ignore-fail-on-non-empty "${blobs%/*}" 2>/dev/null || true
+    fi
     exit "$status"
 }
 trap clean_up EXIT
@@ -193,6 +202,14 @@ config_of() { b inspect --type image --format "{{range .Docker.Config.$2}}{{prin
 
 free_port() { python3 -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"; }
 
+# create NAME IMAGE. buildah mounts an image's own volume and ours of the same place in either order, so the image's goes.
+create() {
+    b from --pull-never --name "$1" "isthmus-$2" >/dev/null
+    b inspect --type image --format '{{.Docker.Config.Volumes}}' "isthmus-$2" | grep -q /state \
+        || die "isthmus-$2 has no volume for its state"
+    b config --volume /state- "$1"
+}
+
 # start NAME IMAGE ARGUMENT…: runs the image's own command, and ARGUMENTs, in the background with NAME's volumes.
 start() {
     local name=$1 image=$2 entrypoint command volumes
@@ -258,7 +275,8 @@ prepare_run() {
 
 check_preparation() {
     local before
-    one_shot text.sh --user 0:0 -v "$work/data:/data" "${mounts[@]}" coordinator -- sh /etc/isthmus/text.sh >"$work/text.log" 2>&1
+    one_shot text.sh --user 0:0 -v "$work/data:/data" "${mounts[@]}" coordinator -- sh /etc/isthmus/text.sh >"$work/text.log" 2>&1 \
+        || die "text.sh fails"
     [ -n "$(find "$work/data" -name '*.txt')" ] || die "text.sh fetched no text"
     ok "text.sh: $(du -sh "$work/data" | cut -f1) of text"
     make_tokens
@@ -270,7 +288,7 @@ check_preparation() {
 
 make_tokens() {
     one_shot tokens.sh -v "$work/state/coordinator:/state" -v "$work/tokens:/tokens" coordinator -- \
-        sh /etc/isthmus/tokens.sh "${sites[@]}" >"$work/tokens.log" 2>&1
+        sh /etc/isthmus/tokens.sh "${sites[@]}" >"$work/tokens.log" 2>&1 || die "tokens.sh fails"
 }
 
 check_refusals() {
@@ -324,7 +342,7 @@ check_end() {
     ok "coordinator: ends on SIGTERM"
     mapfile -t volumes < <(volumes_of coordinator)
     b run "${volumes[@]}" -v "$work/out:/out" coordinator -- \
-        isthmus coordinator export /state /out/model.safetensors >"$work/export.log" 2>&1
+        isthmus coordinator export /state /out/model.safetensors >"$work/export.log" 2>&1 || die "the weights do not export"
     b run -v "$work/out:/out" coordinator -- python -c "
 from safetensors.torch import load_file
 tensors = load_file('/out/model.safetensors')
@@ -350,8 +368,8 @@ for image in coordinator site; do
 done
 check_layers
 declare -A metrics
-b from --pull-never --name coordinator isthmus-coordinator >/dev/null
-for site in "${sites[@]}"; do b from --pull-never --name "$site" isthmus-site >/dev/null; done
+create coordinator coordinator
+for site in "${sites[@]}"; do create "$site" site; done
 prepare_run
 check_refusals
 check_preparation

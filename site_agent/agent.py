@@ -242,11 +242,13 @@ class Agent:
         self.ledger = Ledger(self._clock())
         self._saved_at = self._clock()
         self._report()
+        self._evaluate_if_ordered()
         while True:
             self._take_in_all()
             match core.next_action():
                 case Done():
                     self._report()
+                    self._evaluate_the_end()
                     self._save_before_leaving()
                     return
                 case Step():
@@ -343,8 +345,19 @@ class Agent:
         if orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)
-        if orders.evaluate and (self._evaluating is None or self._evaluating.done()):
+        self._evaluate_if_ordered()
+
+    def _evaluate_if_ordered(self) -> None:
+        if self._orders.evaluate and (self._evaluating is None or self._evaluating.done()):
             self._evaluating = self._background.submit(_told(self._evaluate), list(self.anchors))
+
+    def _evaluate_the_end(self) -> None:
+        """The finished run's weights are evaluated by the site that asks first; the others need not wait for it."""
+        if self._evaluating is not None:
+            self._evaluating.result()
+        orders = self.courier.ask_orders()
+        if orders is not None and orders.evaluate:
+            _told(self._evaluate)(self.anchors)
 
     def _stream_of(self, orders: Orders) -> BatchStream:
         shard = Shard(orders.shard.index, orders.shard.count, orders.shard.seed)

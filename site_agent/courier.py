@@ -169,6 +169,15 @@ class Courier:
         """Reports an evaluation with the next heartbeat."""
         self._evaluation = evaluation
 
+    def ask_orders(self) -> Orders | None:
+        """A heartbeat now, and the orders that it brings; None where the coordinator does not answer soon."""
+        heartbeat = self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
+        try:
+            return asyncio.run_coroutine_threadsafe(heartbeat, self._loop).result()
+        except IsthmusError as error:
+            log.warning("no orders: %s", error)
+            return None
+
     def close(self) -> None:
         """Leaves the run, if it can within a few seconds, and ends the thread."""
         if not self._thread.is_alive():

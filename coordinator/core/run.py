@@ -34,7 +34,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class StartRun:
-    """Enough sites are ready: training begins."""
+    """Enough sites are ready: training begins, and rounds wait for these from the first one on."""
+
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,8 @@ class RunCore:
 
     def take_evaluation(self, site: str, now: float) -> bool:
         """Whether this site should evaluate now; the lease goes to one site at a time."""
-        due = self._evaluated < 0 or self.tokens >= self._evaluated + max(1, self.plan.tokens // EVALUATIONS)
+        step = 1 if self.finished else max(1, self.plan.tokens // EVALUATIONS)
+        due = self._evaluated < 0 or self.tokens >= self._evaluated + step
         free = self._evaluator is None or self._evaluator[1] <= now or self._evaluator[0] not in self.members.live
         if not (due and free and self.started):
             return False
@@ -295,7 +298,7 @@ class RunCore:
         ready = self.members.in_state("ready")
         for member in ready:
             member.report = Report("training", step_seconds=member.report.step_seconds)
-        return [StartRun(), *(SiteActive(member.site, True) for member in ready)]
+        return [StartRun(tuple(member.site for member in ready))]
 
     def _close_due(self, now: float) -> list[Decision]:
         training = [member.site for member in self.members.in_state("training")]

@@ -179,6 +179,12 @@ class Journal:
                 (site, session),
             )
 
+    def start_run(self, sites: Sequence[str]) -> None:
+        """Training begins with these sites; one fact, so that no recovery finds a start that nobody took part in."""
+        with self._transaction("start"):
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('started', '1')")
+            self._db.executemany("UPDATE sites SET active = 1 WHERE name = ?", [(site,) for site in sites])
+
     def site_active(self, site: str, active: bool) -> None:
         with self._transaction("active"):
             self._db.execute("UPDATE sites SET active = ? WHERE name = ?", (int(active), site))

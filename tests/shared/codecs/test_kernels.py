@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from shared.codecs import CODECS, kernels, reference
@@ -19,6 +18,7 @@ from shared.codecs import CODECS, kernels, reference
 F32 = NDArray[np.float32]
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 200)
 WEIGHTS = (1.0, -1.0, 0.0, 1 / 3, 0.7, 1e-30, 3e5)
+quick = settings(deadline=None, max_examples=60)
 LEVELS = {"int8": 127, "int4": 7}
 
 
@@ -28,11 +28,15 @@ def from_bits(bits: NDArray[np.uint32]) -> F32:
     return np.where(over, bits ^ np.uint32(0x00800000), bits).astype(np.uint32).view(np.float32)
 
 
+def any_bits(n: int) -> st.SearchStrategy[NDArray[np.uint32]]:
+    return st.binary(min_size=4 * n, max_size=4 * n).map(lambda data: np.frombuffer(data, np.uint32).copy())
+
+
 @st.composite
 def any_finite(draw: st.DrawFn) -> F32:
     """Finite fp32 of awkward lengths: every exponent, denormals, both zeros; or one exponent band, as real data are."""
     n = draw(st.sampled_from(LENGTHS))
-    bits = draw(hnp.arrays(np.uint32, n, elements=st.integers(0, 2**32 - 1)))
+    bits = draw(any_bits(n))
     if draw(st.booleans()):
         band = draw(st.integers(0, 254))
         bits = (bits & np.uint32(0x807FFFFF)) | np.uint32(band << 23)
@@ -65,7 +69,7 @@ def reference_decode(name: str, raw: NDArray[np.uint8], n: int) -> F32:
 
 
 @given(any_finite())
-@settings(deadline=None)
+@quick
 def test_block_maximum_is_the_largest_magnitude(x: F32) -> None:
     out = np.empty(-(-x.size // 64), np.uint32)
     kernels.block_max_bits(x.view(np.uint32), out)
@@ -86,7 +90,7 @@ def test_block_maximum_shows_nan_and_infinity(bits: int, at: int) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @given(x=any_finite())
-@settings(deadline=None)
+@quick
 def test_integer_encoding_has_the_bits_of_the_reference(name: str, x: F32) -> None:
     scale, q = reference.quantise(x, LEVELS[name])
     payload = q.view(np.uint8) if name == "int8" else reference.pack_int4(q)
@@ -95,14 +99,14 @@ def test_integer_encoding_has_the_bits_of_the_reference(name: str, x: F32) -> No
 
 
 @given(x=any_finite())
-@settings(deadline=None)
+@quick
 def test_bf16_encoding_has_the_bits_of_the_reference(x: F32) -> None:
     bits = CODECS["bf16"].encode(x).view("<u2").astype(np.uint32) << np.uint32(16)
     assert_same_bits(bits.view(np.float32), reference.round_bf16(x))
 
 
 @given(x=any_finite())
-@settings(deadline=None)
+@quick
 def test_bf16_rounds_as_torch_does_where_it_does_not_clip(x: F32) -> None:
     rounded = torch.from_numpy(x.copy()).to(torch.bfloat16).to(torch.float32).numpy()
     kept = np.isfinite(rounded)
@@ -111,13 +115,13 @@ def test_bf16_rounds_as_torch_does_where_it_does_not_clip(x: F32) -> None:
 
 @pytest.mark.parametrize("name", sorted(CODECS))
 @given(x=any_finite(), weight=st.sampled_from(WEIGHTS), data=st.data())
-@settings(deadline=None)
+@quick
 def test_accumulation_rounds_after_every_operation_as_numpy_does(
     name: str, x: F32, weight: float, data: st.DataObject
 ) -> None:
     x = np.clip(x, -1e30, 1e30)
     raw = CODECS[name].encode(x)
-    start = np.clip(from_bits(data.draw(hnp.arrays(np.uint32, x.size))), -1e36, 1e36).astype(np.float32)
+    start = np.clip(from_bits(data.draw(any_bits(x.size))), -1e36, 1e36).astype(np.float32)
     acc = start.copy()
     CODECS[name].accumulate(raw, weight, acc)
     assert_same_bits(acc, start + np.float32(weight) * reference_decode(name, raw, x.size))
@@ -139,7 +143,7 @@ def test_accumulation_never_fuses_multiply_and_add(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "int8", "int4"])
 @given(x=any_finite())
-@settings(deadline=None)
+@quick
 def test_an_anchor_moves_by_the_same_bits_fused_or_not(name: str, x: F32) -> None:
     """With weight 1 the product is exact (an integer below 2⁷ times 8 bits of scale), so one rounding is left."""
     x = np.clip(x, -1e30, 1e30)
@@ -157,12 +161,12 @@ def test_square_sum_does_not_overflow_or_lose_small_terms() -> None:
     assert kernels.square_sum(np.full(3, 1e30, np.float32)) == pytest.approx(3e60, rel=1e-6)
     x = np.full(100_001, 1e-4, np.float32)
     x[0] = 1e3
-    assert kernels.square_sum(x) == pytest.approx(math.fsum(float(v) ** 2 for v in x), rel=1e-12)
+    assert kernels.square_sum(x) == pytest.approx(math.fsum(float(v) ** 2 for v in x), rel=1e-9)
     assert kernels.square_sum(np.zeros(0, np.float32)) == 0.0
 
 
 def test_warm_up_leaves_nothing_to_compile_for_the_first_round() -> None:
-    """Sections arrive as read-only bytes, which numba compiles for separately. A fresh process, as caches are global."""
+    """Sections arrive as read-only bytes, which numba compiles for separately. In a process of its own."""
     script = """
 import numpy as np
 from shared.codecs import CODECS, kernels, warm_up

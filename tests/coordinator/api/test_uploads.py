@@ -1,0 +1,541 @@
+"""A contribution from its announcement to its acknowledgement: whatever comes, in whatever order."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.intake import Intake
+from coordinator.store.journal import Journal
+from shared.codecs import CODECS
+from shared.errors import IsthmusError
+from shared.protocol import Code, Outcome, Upload, unpack
+from shared.wire import blob_digest, container_bound
+
+PART = 64
+UNKNOWN = "0" * 32
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Parts of 64 bytes, so that a tiny contribution has several."""
+    for module in ("coordinator.uploads", "coordinator.intake"):
+        monkeypatch.setattr(f"{module}.PART_BYTES", PART)
+    return PART
+
+
+def parts_of(body: bytes) -> list[bytes]:
+    return [body[at : at + PART] for at in range(0, len(body), PART)]
+
+
+async def opened(site: Any, body: bytes, **more: Any) -> Upload:
+    answer = await site.offer(body, inline=False, **more)
+    assert answer.status == 200, answer.body
+    return unpack(Upload, answer.body)
+
+
+async def put(site: Any, id_: str, part: int, data: bytes) -> Any:
+    return await site.ask("PUT", f"/v1/contributions/{id_}/parts/{part}", data)
+
+
+async def commit(site: Any, id_: str) -> Any:
+    return await site.ask("POST", f"/v1/contributions/{id_}/commit", b"")
+
+
+def outcome(answer: Any) -> Outcome:
+    assert answer.status == 200, answer.body
+    return unpack(Outcome, answer.body)
+
+
+async def goes_on(site: Any, fragment: int = 1) -> None:
+    """The daemon takes a good contribution and publishes it."""
+    assert not site.fleet.coordinator.failure.done()
+    assert (await site.contribute(fragment, 0)).version == 1
+    await site.published(fragment, 1)
+
+
+# ---- what should work
+
+
+async def test_a_small_contribution_is_one_request(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    assert (await site.contribute(0, 0)).version == 1
+    await site.published(0, 1)
+    stored = fleet.coordinator.reader.contributions(newest_of_each=True)
+    assert [(s.contribution.site, s.contribution.tokens, s.contribution.steps, s.merged) for s in stored] == [
+        ("eu", 10, 5, True)
+    ]
+
+
+async def test_parts_may_come_in_any_order_and_twice(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+    assert (upload.part_size, upload.parts, upload.outcome) == (PART, [], None)
+    parts = list(enumerate(parts_of(body)))
+    assert len(parts) > 3
+    shuffled = [*parts, parts[0]]
+    random.Random(0).shuffle(shuffled)
+    for part, data in shuffled:
+        assert (await put(site, upload.id, part, data)).status == 204
+    assert outcome(await commit(site, upload.id)) == Outcome(accepted=True, version=1)
+    await site.published(0, 1)
+
+
+async def test_parts_may_come_at_once(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+    await asyncio.gather(*(put(site, upload.id, part, data) for part, data in enumerate(parts_of(body))))
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_an_upload_that_is_opened_again_says_which_parts_are_here(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+    await put(site, upload.id, 2, parts_of(body)[2])
+    again = await opened(site, body)
+    assert (again.id, again.parts) == (upload.id, [2])
+
+
+async def test_a_commit_may_be_asked_again_at_any_time(fleet: Any) -> None:
+    eu, us = await fleet.trains("eu", "us")
+    body = eu.body()
+    upload = unpack(Upload, (await eu.offer(body)).body)
+    for _ in range(2):
+        assert outcome(await commit(eu, upload.id)).accepted
+    await us.contribute(0, 0)
+    await eu.published(0, 1)
+    assert outcome(await commit(eu, upload.id)).accepted, "and after the round has been merged"
+    assert len(fleet.coordinator.reader.round(0, 1).members) == 2
+
+
+async def test_an_open_may_be_asked_again_at_any_time(fleet: Any) -> None:
+    eu, us = await fleet.trains("eu", "us")
+    body = eu.body()
+    for _ in range(3):
+        assert unpack(Upload, (await eu.offer(body)).body).outcome == Outcome(accepted=True, version=1)
+    await us.contribute(0, 0)
+    await eu.published(0, 1)
+    assert unpack(Upload, (await eu.offer(body)).body).outcome == Outcome(accepted=True, version=1)
+    assert len(fleet.coordinator.reader.round(0, 1).members) == 2
+
+
+async def test_many_commits_at_once_are_one_contribution(fleet: Any, small_parts: int) -> None:
+    eu, _ = await fleet.trains("eu", "us")
+    body = eu.body()
+    upload = await opened(eu, body)
+    for part, data in enumerate(parts_of(body)):
+        await put(eu, upload.id, part, data)
+    answers = await asyncio.gather(*(commit(eu, upload.id) for _ in range(5)))
+    assert all(outcome(answer) == Outcome(accepted=True, version=1) for answer in answers)
+    assert len(fleet.coordinator.reader.contributions()) == 1
+
+
+async def test_an_acknowledged_contribution_is_on_disk_and_in_the_journal(fleet: Any) -> None:
+    eu, _ = await fleet.trains("eu", "us")
+    body = eu.body()
+    await eu.offer(body)
+    journal = Journal(fleet.state / "journal.sqlite", read_only=True)
+    (stored,) = journal.contributions()
+    journal.close()
+    digest = blob_digest(body)
+    assert (stored.blob, stored.size) == (digest, len(body))
+    assert (fleet.state / "blobs" / digest[:2] / digest).read_bytes() == body
+    assert stored.norm == pytest.approx(0.5 * np.sqrt(300), rel=0.01)
+    assert list((fleet.state / "uploads").iterdir()) == []
+
+
+# ---- parts and commits that cannot be
+
+
+async def test_an_upload_that_nobody_opened_is_unknown(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    assert (await put(site, UNKNOWN, 0, b"x")).is_problem(404, "unknown-upload")
+    assert (await commit(site, UNKNOWN)).is_problem(404, "unknown-upload")
+
+
+async def test_the_upload_of_another_site_is_unknown(fleet: Any, small_parts: int) -> None:
+    eu, us = await fleet.trains("eu", "us")
+    body = eu.body()
+    upload = await opened(eu, body)
+    assert (await put(us, upload.id, 0, parts_of(body)[0])).is_problem(404, "unknown-upload")
+    assert (await commit(us, upload.id)).is_problem(404, "unknown-upload")
+    assert (await opened(eu, body)).parts == []
+
+
+async def test_the_accepted_contribution_of_another_site_cannot_be_committed(fleet: Any) -> None:
+    eu, us = await fleet.trains("eu", "us")
+    upload = unpack(Upload, (await eu.offer(eu.body())).body)
+    assert (await commit(us, upload.id)).is_problem(404, "unknown-upload")
+
+
+async def test_parts_of_the_wrong_size_or_number_are_refused(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload, parts = await opened(site, body), parts_of(body)
+    for part, data in (
+        (0, parts[0][:-1]),
+        (0, parts[0] + b"x"),
+        (0, b""),
+        (len(parts) - 1, parts[0]),
+        (len(parts), b"x"),
+        (999999999, b"x"),
+    ):
+        assert (await put(site, upload.id, part, data)).is_problem(400, "bad-request")
+    assert (await opened(site, body)).parts == []
+    await goes_on(site)
+
+
+async def test_a_commit_before_all_parts_are_here_is_told_and_may_go_on(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload, parts = await opened(site, body), parts_of(body)
+    for part, data in enumerate(parts[:-1]):
+        await put(site, upload.id, part, data)
+    assert (await commit(site, upload.id)).is_problem(409, "incomplete")
+    await put(site, upload.id, len(parts) - 1, parts[-1])
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_bytes_that_are_not_the_announced_ones_are_refused_and_can_be_sent_anew(
+    fleet: Any, small_parts: int
+) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload, parts = await opened(site, body), parts_of(body)
+    for part, data in enumerate(parts):
+        await put(site, upload.id, part, data if part != 1 else bytes(PART))
+    assert (await commit(site, upload.id)).is_problem(400, "wrong-digest")
+    assert (await commit(site, upload.id)).is_problem(404, "unknown-upload")
+    assert (await opened(site, body)).parts == []
+    for part, data in enumerate(parts):
+        await put(site, upload.id, part, data)
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_a_body_of_another_length_than_announced_is_refused(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    assert (await site.offer(body, size=len(body) - 1)).is_problem(400, "bad-request")
+    await goes_on(site)
+
+
+@pytest.mark.parametrize("size", [0, "one too many", 10**15])
+async def test_a_size_that_no_contribution_can_have_is_refused(fleet: Any, size: int | str) -> None:
+    (site,) = await fleet.trains("eu")
+    bound = container_bound(fleet.coordinator.layout.fragments[0], "int8")
+    wanted = bound + 1 if isinstance(size, str) else size
+    assert (await site.offer(site.body(), size=wanted, inline=False)).is_problem(413, "too-large")
+    assert list((fleet.state / "uploads").iterdir()) == []
+
+
+async def test_uploads_that_never_commit_are_bounded(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    for n in range(20):
+        body = site.body(value=n + 1.0)
+        upload = await opened(site, body)
+        await put(site, upload.id, 0, parts_of(body)[0])
+    assert len(list((fleet.state / "uploads").iterdir())) == 6, "2 · fragments + 2"
+    assert (await opened(site, body)).parts == [0], "the newest is among them"
+
+
+# ---- contributions that the core refuses
+
+
+async def test_bases_that_cannot_be_are_refused_with_the_newest_version(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    answer = await site.offer(site.body(), base=1)
+    assert answer.is_problem(409, "unknown-base")
+    assert answer.json["version"] == 0
+    assert (await site.offer(site.body(), fragment=2)).is_problem(409, "wrong-layout")
+    assert (await site.offer(site.body(), fragment=10**15)).is_problem(409, "wrong-layout")
+    await site.contribute(0, 0)
+    await site.published(0, 1)
+    answer = await site.offer(site.body(value=2.0))
+    assert answer.is_problem(409, "already-contributed")
+    assert answer.json["version"] == 1
+
+
+async def test_nothing_is_taken_before_the_start(serve: Any) -> None:
+    fleet = await serve(run={"min_sites": 2})
+    site = fleet.site("eu")
+    await site.join()
+    await site.beat()
+    assert (await site.offer(site.body())).is_problem(400, "bad-request")
+
+
+async def test_a_finished_run_takes_no_more(serve: Any) -> None:
+    fleet = await serve(run={"tokens": 10})
+    (site,) = await fleet.trains("eu")
+    for fragment in (0, 1):
+        await site.contribute(fragment, 0)
+        await site.published(fragment, 1)
+    assert (await site.offer(site.body(base=1), base=1)).is_problem(409, "run-finished")
+    assert (await site.beat("training")).finished
+
+
+# ---- containers that are not what they should be
+
+
+def broken(site: Any, case: str) -> tuple[bytes, str]:
+    """A malformed contribution, and what its refusal says."""
+    sound = site.body()
+    match case:
+        case "garbage":
+            return b"garbage " * 10, "magic is missing"
+        case "empty magic":
+            return b"ISTHMUS\x02" + sound[8:], "container format 2"
+        case "endless header":
+            return sound[:8] + b"\xff\xff\xff\xff" + sound[12:], "header claims"
+        case "no header":
+            return sound[:40], "header is cut short"
+        case "cut short":
+            return sound[:-1], "sections end at"
+        case "too long":
+            return sound + b"x", "sections end at"
+        case "flipped bit":
+            return sound[:-1] + bytes([sound[-1] ^ 1]), "sound zstd frame"
+        case "another codec":
+            return site.body(codec="fp32"), "not allowed here; int8"
+        case "another fragment":
+            return site.body(fragment=1), "fragment 1, not 0"
+        case "another tensor table":
+            return site.body(tensors=[("big", [15, 20])]), "tensor table"
+        case "another site":
+            return site.body(site="us"), "names"
+        case "another run":
+            return site.body(run="other"), "names"
+        case "another base":
+            return site.body(base_version=7), "names"
+        case "a delta":
+            return site.body(kind="delta"), "names"
+        case "other chunks":
+            return site.body(chunk=64), "chunks of 64"
+        case _:
+            raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "garbage",
+        "empty magic",
+        "endless header",
+        "no header",
+        "cut short",
+        "too long",
+        "flipped bit",
+        "another codec",
+        "another fragment",
+        "another tensor table",
+        "another site",
+        "another run",
+        "another base",
+        "a delta",
+        "other chunks",
+    ],
+)
+async def test_a_malformed_container_is_refused_and_touches_nothing(fleet: Any, case: str) -> None:
+    (site,) = await fleet.trains("eu")
+    body, says = broken(site, case)
+    answer = await site.offer(body)
+    assert answer.is_problem(400, "malformed"), answer.body
+    assert says in answer.json["detail"]
+    assert fleet.coordinator.reader.contributions(newest_of_each=True) == []
+    assert list((fleet.state / "uploads").iterdir()) == []
+    await site.contribute(0, 0)
+    await goes_on(site)
+
+
+SCALES = {"NaN": (0x7FC0, "NaN or infinite"), "infinite": (0x7F80, "NaN or infinite"), "negative": (0xBF80, "negative")}
+
+
+@pytest.mark.parametrize("kind", ["NaN", "infinite", "negative", "overflowing"])
+async def test_a_scale_that_is_no_scale_is_refused(fleet: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (site,) = await fleet.trains("eu")
+    bits, says = SCALES.get(kind, (0x7F7F, "overflow"))
+    int8 = CODECS["int8"]
+    real = int8.encode
+
+    def encode(x: Any) -> Any:
+        raw = real(x)
+        raw[:2] = np.array([bits], "<u2").view(np.uint8)
+        return raw
+
+    with monkeypatch.context() as patch:
+        patch.setattr(int8, "encode", encode)
+        body = site.body()
+    answer = await site.offer(body)
+    assert answer.is_problem(400, "malformed")
+    assert says in answer.json["detail"]
+    await goes_on(site)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+async def test_a_value_that_is_no_number_is_refused(serve: Any, codec: str) -> None:
+    fleet = await serve(wire={"upload": codec, "zstd_level": 0})
+    (site,) = await fleet.trains("eu")
+    body = bytearray(site.body(codec=codec, zstd=False))
+    body[-2:] = b"\xff\x7f"  # a NaN in each of the three
+    answer = await site.offer(bytes(body))
+    assert answer.is_problem(400, "malformed")
+    assert "NaN" in answer.json["detail"]
+    assert (await site.contribute(1, 0, codec=codec)).version == 1
+
+
+async def test_a_base_that_is_not_what_was_published_is_refused(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    answer = await site.offer(site.body(digest="f" * 32))
+    assert answer.is_problem(409, "wrong-base")
+    assert "take a snapshot" in answer.json["detail"]
+    await goes_on(site)
+
+
+async def test_a_refused_container_does_not_bar_a_good_one_from_the_same_base(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    assert (await site.offer(site.body(digest="f" * 32))).is_problem(409, "wrong-base")
+    assert (await site.contribute(0, 0)).version == 1
+
+
+# ---- a disk that refuses
+
+
+async def test_what_the_journal_did_not_take_is_not_acknowledged_and_can_come_again(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site,) = await fleet.trains("eu")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet.coordinator.store.journal, "accept", full)
+        answer = await site.offer(site.body())
+    assert answer.is_problem(507, "storage")
+    assert "No space left" in answer.json["detail"]
+    assert fleet.coordinator.reader.contributions(newest_of_each=True) == []
+    assert fleet.coordinator.core.contributed("eu", 0) == -1
+    assert (await fleet.get("/readyz")).status == 503
+    assert b"isthmus_storage_faults_total 1.0" in (await fleet.get("/metrics")).body
+    assert (await site.contribute(0, 0)).version == 1
+    await site.published(0, 1)
+    await goes_on(site)
+    assert (await fleet.get("/readyz")).status == 200, "it writes again"
+
+
+@pytest.mark.parametrize("where", ["coordinator.uploads.SpooledUpload.write", "coordinator.store.files.Blobs.adopt"])
+async def test_a_spool_or_blob_that_the_disk_refuses_is_a_507_and_can_come_again(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (site,) = await fleet.trains("eu")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        assert (await site.offer(site.body())).is_problem(507, "storage")
+    await site.contribute(0, 0)
+    await goes_on(site)
+
+
+async def test_a_version_waits_for_a_full_disk_and_is_published_once_there_is_room(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site,) = await fleet.trains("eu")
+    blobs, real, tries = fleet.coordinator.store.blobs, fleet.coordinator.store.blobs.put, []
+
+    def full_at_first(data: bytes) -> str:
+        tries.append(len(data))
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return str(real(data))
+
+    monkeypatch.setattr(blobs, "put", full_at_first)
+    await site.contribute(0, 0)
+    await site.published(0, 1)
+    assert len(tries) == 2
+
+
+# ---- promises that are broken today
+
+
+async def test_an_upload_goes_on_under_a_new_session(fleet: Any, small_parts: int) -> None:
+    """A site that lost its lease in the middle of a long upload joins again and sends the rest."""
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload, parts = await opened(site, body), parts_of(body)
+    await put(site, upload.id, 0, parts[0])
+    await site.join()
+    await site.beat("training")
+    assert (await opened(site, body)).parts == [0]
+    for part, data in enumerate(parts):
+        await put(site, upload.id, part, data)
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_two_contributions_from_one_base_at_once_are_one(fleet: Any) -> None:
+    """As two agents of one name might send them, or one that was restarted while its first was screened."""
+    eu, _ = await fleet.trains("eu", "us")
+    answers = await asyncio.gather(*(eu.offer(eu.body(value=float(n))) for n in range(1, 5)))
+    assert sorted(answer.status for answer in answers) == [200, 409, 409, 409]
+    assert len(fleet.coordinator.reader.contributions()) == 1
+
+
+async def test_what_was_screened_is_what_is_merged(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come for an upload after its screening must not get into the blob."""
+    eu, _ = await fleet.trains("eu", "us")
+    body = eu.body()
+    real, loop, second = Intake._screen, asyncio.get_running_loop(), []
+
+    def screen_then_overwrite(self: Intake, upload: Any, base_digest: str | None) -> Any:
+        found = real(self, upload, base_digest)
+        message = eu.opening(bytes(len(body)), digest=blob_digest(body))
+
+        async def open_again() -> None:
+            second.append(asyncio.ensure_future(self.open("eu", message)))
+            for _ in range(1000):
+                if second[0].done() or upload.path.read_bytes() != body:
+                    return
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(open_again(), loop).result()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Intake, "_screen", screen_then_overwrite)
+        await eu.offer(body)
+        await asyncio.gather(*second, return_exceptions=True)
+    (stored,) = fleet.coordinator.reader.contributions()
+    assert fleet.coordinator.store.blobs.verify(stored.blob).read_bytes() == body
+
+
+@pytest.mark.parametrize("value", [3e38, 1e37])
+async def test_values_so_large_that_the_step_overflows_do_not_end_the_run(fleet: Any, value: float) -> None:
+    (site,) = await fleet.trains("eu")
+    answers = [await site.offer(site.body(value=value))]
+    for base in range(1, 6):
+        coordinator = fleet.coordinator
+        async with asyncio.timeout(20):
+            while coordinator._merges:
+                await asyncio.wait(list(coordinator._merges))
+        if coordinator.failure.done() or answers[-1].status != 200:
+            break
+        answers.append(await site.offer(site.body(base=base, value=value), base=base))
+    failure = fleet.coordinator.failure.exception() if fleet.coordinator.failure.done() else None
+    assert failure is None, f"the daemon would exit: {failure!r}"
+
+
+def test_every_code_has_a_status() -> None:
+    from coordinator.api.errors import STATUS
+
+    assert set(STATUS) == set(Code)
+    assert all(400 <= status < 600 for status in STATUS.values())
+    assert IsthmusError.exit_code == 1

@@ -1,0 +1,184 @@
+"""When a round closes, in which order and with which weights it merges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.core.rounds import (
+    Contribution,
+    OpenRound,
+    Policy,
+    Tempo,
+    Weighting,
+    closes_by,
+    closing,
+    grace,
+    weights,
+)
+
+ALL = Policy(quorum=None, grace_seconds=0.0, deadline_seconds=600.0, max_staleness=8, weighting="tokens")
+TWO = replace(ALL, quorum=2)
+
+
+def contribution(site: str, base: int = 0, tokens: int = 10, steps: int = 1, id_: str = "") -> Contribution:
+    return Contribution(id_ or f"{site}-{base}", site, 0, base, tokens, steps)
+
+
+def collected(policy: Policy, *arrivals: tuple[str, float]) -> OpenRound:
+    round_ = OpenRound()
+    for site, at in arrivals:
+        round_.add(contribution(site), policy, at)
+    return round_
+
+
+# ---- quorum "all"
+
+
+def test_an_empty_round_never_closes() -> None:
+    for policy in (ALL, TWO):
+        assert closing(OpenRound(), [], [], policy, 1e9) is None
+        assert closes_by(OpenRound(), [], policy) is None
+
+
+def test_full_quorum_waits_for_every_site_that_trains() -> None:
+    round_ = collected(ALL, ("a", 0.0))
+    assert closing(round_, ["a", "b"], [], ALL, 1.0) is None
+    round_.add(contribution("b"), ALL, 2.0)
+    assert closing(round_, ["a", "b"], [], ALL, 2.0) == "complete"
+
+
+def test_full_quorum_does_not_wait_for_sites_that_do_not_train() -> None:
+    assert closing(collected(ALL, ("a", 0.0)), ["a"], [], ALL, 0.0) == "complete"
+    assert closing(collected(ALL, ("a", 0.0)), [], [], ALL, 0.0) == "complete", "the one that sent has left"
+
+
+def test_a_full_quorum_round_closes_at_its_deadline_with_whoever_is_there() -> None:
+    round_ = collected(ALL, ("a", 100.0))
+    assert closes_by(round_, [], ALL) == 700.0
+    assert closing(round_, ["a", "b"], [], ALL, 699.9) is None
+    assert closing(round_, ["a", "b"], [], ALL, 700.0) == "deadline"
+
+
+# ---- quorum K
+
+
+def test_k_sites_close_a_round_after_the_stated_grace() -> None:
+    policy = replace(TWO, grace_seconds=5.0)
+    round_ = collected(policy, ("a", 0.0), ("b", 10.0))
+    assert closes_by(round_, [], policy) == 15.0
+    assert closing(round_, ["a", "b", "c"], [], policy, 14.9) is None
+    assert closing(round_, ["a", "b", "c"], [], policy, 15.0) == "quorum"
+
+
+def test_grace_ends_early_once_everyone_is_in() -> None:
+    policy = replace(TWO, grace_seconds=5.0)
+    assert closing(collected(policy, ("a", 0.0), ("b", 10.0)), ["a", "b"], [], policy, 10.0) == "complete"
+
+
+def test_grace_does_not_outlast_the_deadline() -> None:
+    policy = replace(TWO, grace_seconds=1e6)
+    round_ = collected(policy, ("a", 0.0), ("b", 10.0))
+    assert closes_by(round_, [], policy) == 600.0
+    assert closing(round_, ["a", "b", "c"], [], policy, 600.0) == "deadline"
+
+
+def test_a_round_below_k_stays_open_past_its_deadline_and_closes_with_the_kth() -> None:
+    round_ = collected(TWO, ("a", 0.0))
+    assert closes_by(round_, [], TWO) is None
+    assert closing(round_, ["a", "b"], [], TWO, 1e6) is None
+    round_.add(contribution("b"), TWO, 1e6)
+    assert closing(round_, ["a", "b", "c"], [], TWO, 1e6) == "deadline"
+
+
+def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
+    round_ = OpenRound()
+    round_.add(contribution("a", 0), TWO, 0.0)
+    round_.add(contribution("a", 1), TWO, 1.0)
+    assert round_.quorum_at is None
+    assert closing(round_, ["a"], [], TWO, 1e6) is None
+
+
+# ---- the measured grace window (arXiv 2604.21428)
+
+
+def test_measured_grace_is_half_of_what_the_overlap_leaves() -> None:
+    policy = replace(TWO, grace_seconds=None)
+    round_ = collected(policy, ("a", 100.0), ("b", 104.0))  # t_quorum = 4
+    assert grace(round_, [Tempo(overlap=20.0, sync=6.0)], policy) == 0.5 * (20.0 - (4.0 + 6.0)) == 5.0
+    assert closes_by(round_, [Tempo(20.0, 6.0)], policy) == 109.0
+
+
+def test_measured_grace_takes_medians_so_that_one_odd_site_does_not_rule() -> None:
+    policy = replace(TWO, grace_seconds=None)
+    round_ = collected(policy, ("a", 0.0), ("b", 0.0))
+    tempos = [Tempo(10.0, 1.0), Tempo(12.0, 2.0), Tempo(9999.0, 9999.0)]
+    assert grace(round_, tempos, policy) == 0.5 * (12.0 - 2.0)
+
+
+def test_measured_grace_is_never_negative_and_zero_until_measured() -> None:
+    policy = replace(TWO, grace_seconds=None)
+    round_ = collected(policy, ("a", 0.0), ("b", 30.0))
+    assert grace(round_, [Tempo(overlap=10.0, sync=5.0)], policy) == 0.0
+    assert grace(round_, [], policy) == 0.0
+    assert closing(round_, ["a", "b", "c"], [], policy, 30.0) == "quorum"
+
+
+# ---- order
+
+
+@given(st.permutations(["asia", "eu", "us", "za"]))
+def test_the_merge_order_is_that_of_site_names_whatever_the_arrival(arrival: list[str]) -> None:
+    round_ = collected(ALL, *((site, float(at)) for at, site in enumerate(arrival)))
+    assert [each.site for each in round_.ordered()] == ["asia", "eu", "us", "za"]
+
+
+def test_contributions_of_one_site_merge_in_order_of_their_base() -> None:
+    for order in itertools.permutations([("b", 0), ("a", 2), ("a", 1)]):
+        round_ = OpenRound()
+        for site, base in order:
+            round_.add(contribution(site, base), ALL, 0.0)
+        assert [(each.site, each.base_version) for each in round_.ordered()] == [("a", 1), ("a", 2), ("b", 0)]
+
+
+# ---- weights
+
+
+def test_uniform_weights_are_equal_whatever_the_tokens() -> None:
+    assert weights([contribution("a", tokens=1), contribution("b", tokens=99)], "uniform") == [0.5, 0.5]
+
+
+def test_token_weights_are_in_proportion_to_tokens() -> None:
+    assert weights([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens") == [1 / 3, 2 / 3]
+
+
+def test_the_weighted_mean_of_the_recipe_is_seven_thirds() -> None:
+    one, three = weights([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens")
+    assert one * 1.0 + three * 3.0 == pytest.approx(7 / 3, rel=1e-15)
+
+
+def test_tokens_squared_per_step_favours_many_tokens_a_step() -> None:
+    sent = [contribution("a", tokens=10, steps=2), contribution("b", tokens=10, steps=1)]  # 50 : 100
+    assert weights(sent, "tokens2-per-step") == [1 / 3, 2 / 3]
+    unstepped = [contribution("a", tokens=10, steps=0), contribution("b", tokens=10, steps=1)]
+    assert weights(unstepped, "tokens2-per-step") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "tokens", "tokens2-per-step"])
+def test_contributions_without_tokens_weigh_the_same(weighting: Weighting) -> None:
+    assert weights([contribution("a", tokens=0), contribution("b", tokens=0)], weighting) == [0.5, 0.5]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**15), st.integers(0, 10**6)), min_size=1, max_size=20),
+    st.sampled_from(["uniform", "tokens", "tokens2-per-step"]),
+)
+def test_weights_are_a_convex_combination(sent: list[tuple[int, int]], weighting: Weighting) -> None:
+    found = weights([contribution(f"s{i}", tokens=t, steps=s) for i, (t, s) in enumerate(sent)], weighting)
+    assert all(0 <= weight <= 1 for weight in found)
+    assert math.isclose(math.fsum(found), 1.0, rel_tol=1e-12)

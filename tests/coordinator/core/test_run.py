@@ -1,0 +1,422 @@
+"""RunCore: events and the time in, decisions out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+
+from coordinator.core.membership import Report
+from coordinator.core.rounds import Contribution, Policy
+from coordinator.core.run import (
+    EVALUATION_LEASE_SECONDS,
+    CloseRound,
+    Decision,
+    FinishRun,
+    Plan,
+    Refusal,
+    RunCore,
+    SiteActive,
+    StartRun,
+)
+from shared.protocol import Code
+
+POLICY = Policy(quorum=None, grace_seconds=0.0, deadline_seconds=600.0, max_staleness=2, weighting="tokens")
+PLAN = Plan(policy=POLICY, fragments=2, tokens=1000, steps=50, equal_time=True, min_sites=1)
+READY, TRAINING = Report("ready"), Report("training")
+
+
+def training(*sites: str, plan: Plan = PLAN) -> RunCore:
+    """A run in which `sites` train, since time 0; a session is named like its site."""
+    core = RunCore(replace(plan, min_sites=len(sites)))
+    for site in sites:
+        core.join(site, site, 0.0)
+    for site in sites:
+        core.heartbeat(site, site, READY, 0.0)
+    assert core.started
+    return core
+
+
+def contribution(site: str, fragment: int = 0, base: int = 0, tokens: int = 10) -> Contribution:
+    return Contribution(f"{site}-{fragment}-{base}", site, fragment, base, tokens, 5)
+
+
+def contribute(core: RunCore, site: str, fragment: int = 0, base: int = 0, now: float = 1.0) -> list[Decision]:
+    sent = contribution(site, fragment, base)
+    assert core.offer(site, site, fragment, base, sent.id) is None
+    return core.accept(sent, now)[1]
+
+
+def refused(core: RunCore, site: str, fragment: int, base: int, session: str = "", id_: str = "new") -> Code:
+    verdict = core.offer(site, session or site, fragment, base, id_)
+    assert isinstance(verdict, Refusal)
+    assert verdict.detail
+    return verdict.code
+
+
+def publish(core: RunCore, close: Decision, now: float = 2.0) -> list[Decision]:
+    assert isinstance(close, CloseRound)
+    return core.published(close.fragment, close.version, sum(c.tokens for c in close.contributions), now)
+
+
+# ---- the start
+
+
+def test_training_starts_once_enough_sites_are_ready() -> None:
+    core = RunCore(replace(PLAN, min_sites=2))
+    core.join("us", "us", 0.0)
+    core.join("eu", "eu", 0.0)
+    assert core.heartbeat("us", "us", READY, 1.0) == []
+    assert not core.started
+    assert core.heartbeat("eu", "eu", READY, 2.0) == [StartRun(), SiteActive("eu", True), SiteActive("us", True)]
+    assert core.started
+
+
+def test_sites_that_still_prepare_do_not_count_for_the_start() -> None:
+    core = RunCore(replace(PLAN, min_sites=2))
+    for site in ("a", "b", "c"):
+        core.join(site, site, 0.0)
+    core.heartbeat("a", "a", READY, 1.0)
+    assert core.heartbeat("b", "b", Report("preparing"), 1.0) == []
+    assert not core.started
+
+
+def test_a_late_ready_heartbeat_does_not_take_a_site_out_of_the_round() -> None:
+    core = training("a", "b")
+    # Sent before the order to start had reached the site.
+    assert core.heartbeat("b", "b", READY, 1.0) == []
+    assert core.members.live["b"].report.state == "training"
+    assert contribute(core, "a") == [], "the round still waits for b"
+    (close,) = contribute(core, "b")
+    assert isinstance(close, CloseRound)
+
+
+def test_a_site_that_joins_later_counts_once_it_trains() -> None:
+    core = training("a")
+    core.join("b", "b", 1.0)
+    assert core.heartbeat("b", "b", READY, 1.0) == []
+    assert len(contribute(core, "a", 0)) == 1, "a round does not wait for a site that prepares"
+    assert core.heartbeat("b", "b", TRAINING, 2.0) == [SiteActive("b", True)]
+    assert core.heartbeat("b", "b", TRAINING, 3.0) == []
+    assert contribute(core, "a", 1) == [], "and now it waits"
+
+
+# ---- offers and their refusals
+
+
+def test_a_contribution_before_the_start_is_refused() -> None:
+    core = RunCore(PLAN)
+    core.join("a", "a", 0.0)
+    assert refused(core, "a", 0, 0) is Code.BAD_REQUEST
+
+
+def test_a_site_without_a_lease_is_refused() -> None:
+    core = training("a")
+    assert refused(core, "stranger", 0, 0) is Code.NOT_A_MEMBER
+    core.tick(1e6)
+    assert refused(core, "a", 0, 0) is Code.NOT_A_MEMBER
+
+
+def test_an_older_agent_of_the_same_name_is_told_that_it_was_superseded() -> None:
+    core = training("a")
+    core.join("a", "a-2", 1.0)
+    assert refused(core, "a", 0, 0, session="a") is Code.SUPERSEDED
+    assert core.offer("a", "a-2", 0, 0, "x") is None
+    for verdict in (core.heartbeat("a", "a", TRAINING, 1.0), core.leave("a", "a", 1.0)):
+        assert isinstance(verdict, Refusal)
+        assert verdict.code is Code.SUPERSEDED
+    assert "a" in core.members.live, "and it cannot take the newer one out"
+
+
+def test_a_fragment_that_the_run_does_not_have_is_refused() -> None:
+    assert refused(training("a"), "a", 2, 0) is Code.WRONG_LAYOUT
+
+
+def test_a_base_that_was_never_published_is_refused() -> None:
+    core = training("a")
+    assert refused(core, "a", 0, 1) is Code.UNKNOWN_BASE
+    (close,) = contribute(core, "a")
+    assert refused(core, "a", 0, 1) is Code.UNKNOWN_BASE, "version 1 is being made and not yet published"
+    publish(core, close)
+    assert core.offer("a", "a", 0, 1, "x") is None
+
+
+def test_a_second_contribution_from_the_same_base_is_refused() -> None:
+    core = training("a", "b")
+    contribute(core, "a")
+    assert refused(core, "a", 0, 0, id_="other") is Code.ALREADY_CONTRIBUTED
+    assert core.offer("a", "a", 1, 0, "fragments know nothing of each other") is None
+
+
+def test_a_contribution_that_is_too_stale_is_refused_and_the_limit_itself_is_not() -> None:
+    for version, expected in ((2, None), (3, Code.TOO_STALE)):  # max_staleness = 2
+        core = training("a")
+        core.fragments[0].version = version
+        verdict = core.offer("a", "a", 0, 0, "x")
+        assert (verdict.code if isinstance(verdict, Refusal) else verdict) is expected
+
+
+def test_a_finished_fragment_takes_no_more() -> None:
+    core = training("a", plan=replace(PLAN, tokens=10))
+    (close,) = contribute(core, "a", 0)
+    assert publish(core, close) == []
+    assert refused(core, "a", 0, 1) is Code.RUN_FINISHED
+    assert core.offer("a", "a", 1, 0, "x") is None, "the other fragment goes on"
+
+
+def test_an_offer_may_be_repeated_and_names_the_version_that_holds_it() -> None:
+    core = training("a", "b")
+    contribute(core, "a")
+    assert core.offer("a", "a", 0, 0, "a-0-0") == 1, "in the open round"
+    (close,) = contribute(core, "b")
+    assert core.offer("a", "a", 0, 0, "a-0-0") == 1, "while it merges"
+    publish(core, close)
+    assert core.offer("a", "a", 0, 0, "a-0-0") == 1, "and after"
+
+
+def test_a_repeated_offer_is_known_even_when_the_run_has_finished() -> None:
+    core = training("a", plan=replace(PLAN, tokens=10, fragments=1))
+    (close,) = contribute(core, "a")
+    assert publish(core, close) == [FinishRun()]
+    assert core.offer("a", "a", 0, 0, "a-0-0") == 1
+
+
+# ---- rounds
+
+
+def test_a_round_closes_in_site_order_with_its_weights_whoever_came_first() -> None:
+    closed = set()
+    for arrival in permutations(["asia", "eu", "us"]):
+        core = training("asia", "eu", "us")
+        decisions = [decision for site in arrival for decision in contribute(core, site)]
+        (close,) = decisions
+        assert isinstance(close, CloseRound)
+        assert (close.fragment, close.version, close.reason) == (0, 1, "complete")
+        closed.add((tuple(c.site for c in close.contributions), close.weights))
+    assert closed == {(("asia", "eu", "us"), (1 / 3, 1 / 3, 1 / 3))}
+
+
+def test_contributions_that_arrive_while_a_round_merges_go_to_the_next() -> None:
+    core = training("a", "b", plan=replace(PLAN, policy=replace(POLICY, quorum=1)))
+    (close,) = contribute(core, "a")
+    late = contribution("b")
+    assert core.offer("b", "b", 0, 0, late.id) is None
+    assert core.accept(late, 2.0) == (2, []), "one merge at a time"
+    (next_close,) = publish(core, close)
+    assert isinstance(next_close, CloseRound)
+    assert next_close.version == 2
+    assert next_close.contributions == (late,)
+
+
+def test_a_dead_sites_lease_lets_the_round_close() -> None:
+    core = training("a", "b")
+    core.heartbeat("a", "a", TRAINING, 20.0)
+    assert contribute(core, "a", now=20.0) == []
+    assert core.tick(29.9) == []
+    gone, close = core.tick(30.0)
+    assert gone == SiteActive("b", False, expired=True)
+    assert isinstance(close, CloseRound)
+    assert [c.site for c in close.contributions] == ["a"]
+
+
+def test_bytes_of_an_upload_keep_a_site_alive_without_a_heartbeat() -> None:
+    core = training("a", "b")
+    contribute(core, "a", now=1.0)
+    for second in (20.0, 40.0, 60.0):
+        core.bytes_arrived("a", second)
+        core.bytes_arrived("b", second)
+        assert core.tick(second) == []
+    core.bytes_arrived("a", 89.0)
+    assert core.tick(90.0)[0] == SiteActive("b", False, expired=True)
+
+
+def test_an_accepted_contribution_renews_the_lease() -> None:
+    core = training("a", "b")
+    contribute(core, "a", now=25.0)
+    assert core.members.live["a"].lease_until == 55.0
+
+
+def test_a_site_that_leaves_is_no_longer_waited_for() -> None:
+    core = training("a", "b")
+    contribute(core, "a")
+    left, close = core.leave("b", "b", 2.0)
+    assert left == SiteActive("b", False)
+    assert isinstance(close, CloseRound)
+
+
+def test_a_deadline_closes_a_round_at_next_wakeup() -> None:
+    core = training("a", "b")
+    contribute(core, "a", now=1.0)
+    for now in range(20, 601, 20):
+        for site in ("a", "b"):
+            core.heartbeat(site, site, TRAINING, float(now))
+    assert core.next_wakeup() == 601.0
+    (close,) = core.tick(601.0)
+    assert isinstance(close, CloseRound)
+    assert close.reason == "deadline"
+
+
+def test_the_measured_grace_uses_only_sites_that_have_measured() -> None:
+    core = training("a", "b", "c", plan=replace(PLAN, policy=replace(POLICY, quorum=1, grace_seconds=None)))
+    core.heartbeat("a", "a", Report("training", overlap_seconds=8.0, sync_seconds=2.0), 1.0)
+    assert contribute(core, "b", now=1.0) == []
+    assert core.next_wakeup() == 4.0, "1 + 0.5 · (8 − (0 + 2)): b and c, unmeasured, do not drag the median to 0"
+
+
+# ---- the end
+
+
+def test_a_run_finishes_when_every_fragment_has_merged_the_budget() -> None:
+    core = training("a", plan=replace(PLAN, tokens=20))
+    for base in (0, 1):
+        for fragment in (0, 1):
+            assert not core.finished
+            (close,) = contribute(core, "a", fragment, base)
+            follow_up = publish(core, close)
+    assert follow_up == [FinishRun()]
+    assert core.finished
+    assert core.tokens == 20
+    assert core.tick(3.0) == []
+
+
+def test_tokens_of_a_run_are_the_mean_over_its_fragments() -> None:
+    core = training("a")
+    core.fragments[0].tokens, core.fragments[1].tokens = 100, 50
+    assert core.tokens == 75
+
+
+# ---- pace and shards
+
+
+def paced(*seconds: float, plan: Plan = PLAN) -> list[float]:
+    names = [f"s{i}" for i in range(len(seconds))]
+    core = training(*names, plan=plan)
+    for name, step in zip(names, seconds, strict=True):
+        core.heartbeat(name, name, Report("training", step_seconds=step), 1.0)
+    return [core.pace(name) for name in names]
+
+
+def test_a_pace_is_in_proportion_to_measured_speed() -> None:
+    assert paced(0.1, 0.2, 0.5) == [50.0, 25.0, 10.0]
+
+
+def test_a_pace_is_at_least_one_step() -> None:
+    assert paced(0.001, 10.0) == [50.0, 1.0]
+
+
+def test_an_unmeasured_site_takes_h_steps_and_does_not_slow_the_others() -> None:
+    assert paced(0.1, 0.0) == [50.0, 50.0]
+
+
+def test_equal_steps_ignores_speed() -> None:
+    assert paced(0.1, 0.5, plan=replace(PLAN, equal_time=False)) == [50.0, 50.0]
+
+
+def test_shard_ranks_do_not_depend_on_who_joined_first() -> None:
+    for order in permutations(["asia", "eu", "us"]):
+        core = training(*order)
+        assert [core.shard(site) for site in ("asia", "eu", "us")] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_site_that_left_keeps_its_shard() -> None:
+    core = training("a", "b")
+    core.leave("a", "a", 1.0)
+    assert core.shard("b") == (1, 2)
+
+
+# ---- evaluation
+
+
+def test_one_site_at_a_time_evaluates() -> None:
+    core = training("a", "b")
+    assert core.take_evaluation("a", 0.0)
+    assert not core.take_evaluation("b", 1.0)
+    core.evaluated(0)
+    assert not core.take_evaluation("b", 2.0), "nothing new to evaluate"
+    core.fragments[0].tokens = core.fragments[1].tokens = 50  # a twentieth of the budget
+    assert core.take_evaluation("b", 3.0)
+
+
+def test_a_lost_evaluator_gives_way() -> None:
+    core = training("a", "b")
+    assert core.take_evaluation("a", 0.0)
+    assert not core.take_evaluation("b", EVALUATION_LEASE_SECONDS - 1)
+    assert core.take_evaluation("b", EVALUATION_LEASE_SECONDS), "its lease is over"
+    core.leave("b", "b", EVALUATION_LEASE_SECONDS)
+    assert core.take_evaluation("a", EVALUATION_LEASE_SECONDS), "or it has left"
+
+
+def test_nobody_evaluates_before_the_start() -> None:
+    core = RunCore(PLAN)
+    core.join("a", "a", 0.0)
+    assert not core.take_evaluation("a", 0.0)
+
+
+# ---- restore
+
+
+def restored(
+    accepted: list[tuple[Contribution, bool]],
+    active: list[tuple[str, str]],
+    versions: tuple[tuple[int, int], tuple[int, int]] = ((3, 30), (2, 20)),
+    plan: Plan = PLAN,
+) -> tuple[RunCore, list[Decision]]:
+    core = RunCore(plan)
+    roster = [site for site, _ in active] + ["gone"]
+    return core, core.restore(versions, accepted, roster, active, started=True, evaluated=10, now=100.0)
+
+
+def test_a_restored_round_is_open_again_and_the_first_to_return_does_not_pass_for_all() -> None:
+    core, decisions = restored([(contribution("a", base=3), False)], [("a", "a"), ("b", "b")])
+    assert decisions == []
+    assert core.heartbeat("a", "a", TRAINING, 101.0) == []
+    assert core.offer("a", "a", 0, 3, "a-0-3") == 4, "it is still in the open round"
+    (close,) = contribute(core, "b", 0, 3, now=110.0)
+    assert isinstance(close, CloseRound)
+    assert (close.version, [c.site for c in close.contributions]) == (4, ["a", "b"])
+
+
+def test_a_site_that_does_not_come_back_is_waited_for_one_lease() -> None:
+    core, _ = restored([(contribution("a", base=3), False)], [("a", "a"), ("b", "b")])
+    core.heartbeat("a", "a", TRAINING, 110.0)
+    assert core.tick(129.9) == []
+    gone, close = core.tick(130.0)
+    assert gone == SiteActive("b", False, expired=True)
+    assert isinstance(close, CloseRound)
+
+
+def test_a_round_that_was_complete_closes_at_once_after_a_restart() -> None:
+    _, (close,) = restored([(contribution("a", base=3), False)], [("a", "a")])
+    assert isinstance(close, CloseRound)
+    assert close.version == 4
+
+
+def test_merged_contributions_are_remembered_and_not_merged_again() -> None:
+    core, decisions = restored([(contribution("a", base=2), True)], [("a", "a")])
+    assert decisions == []
+    assert core.offer("a", "a", 0, 2, "a-0-2") == 3
+    assert refused(core, "a", 0, 2, id_="other") is Code.ALREADY_CONTRIBUTED
+    assert core.contributed("a", 0) == 2
+    assert core.contributed("a", 1) == -1
+
+
+def test_a_restored_run_keeps_its_roster_start_and_evaluations() -> None:
+    core, _ = restored([], [("a", "a")])
+    assert core.started
+    assert core.shard("a") == (0, 2)
+    assert not core.take_evaluation("a", 100.0), "25 merged tokens are less than a twentieth past the last, at 10"
+
+
+def test_a_finished_run_is_restored_as_finished() -> None:
+    core, _ = restored([], [("a", "a")], ((3, 1000), (2, 1000)))
+    assert core.finished
+    core, _ = restored([], [("a", "a")], ((3, 1000), (2, 999)))
+    assert not core.finished
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_restored_rounds_under_a_quorum_close_only_with_k(quorum: int) -> None:
+    plan = replace(PLAN, policy=replace(POLICY, quorum=quorum))
+    _, decisions = restored([(contribution("a", base=3), False)], [("a", "a"), ("b", "b")], plan=plan)
+    assert len(decisions) == (1 if quorum == 1 else 0)

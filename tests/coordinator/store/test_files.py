@@ -1,0 +1,130 @@
+"""Files that are whole or not there, and blobs that are what their names say."""
+
+from __future__ import annotations
+
+import errno
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from coordinator.store.files import Blobs, file_digest, tree_bytes, write_durably
+from shared.errors import CorruptError
+
+HELLO = b"hello"
+HELLO_DIGEST = sha256(HELLO).hexdigest()
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    (tmp_path / "blobs").mkdir()
+    return Blobs(tmp_path / "blobs")
+
+
+def fill(data: bytes):
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write
+
+
+# ---- write_durably
+
+
+def test_a_written_file_is_there_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_durably(tmp_path / "file", fill(HELLO))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": HELLO}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("a fault"), KeyboardInterrupt()])
+def test_a_writer_that_fails_half_way_leaves_the_old_file_and_no_partial_one(
+    tmp_path: Path, error: BaseException
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def half(path: Path) -> None:
+        path.write_bytes(b"ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_durably(tmp_path / "file", half)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_file_never_has_its_name_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = os.fsync
+
+    def watch(descriptor: int) -> None:
+        seen.append((tmp_path / "file").exists())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    write_durably(tmp_path / "file", fill(HELLO))
+    assert seen == [False, True], "the bytes before the rename, the directory after it"
+
+
+def test_a_sync_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="broken"):
+        write_durably(tmp_path / "file", fill(HELLO))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- blobs
+
+
+def test_a_blob_is_found_under_its_own_digest(blobs: Blobs) -> None:
+    assert blobs.put(HELLO) == HELLO_DIGEST
+    assert blobs.verify(HELLO_DIGEST).read_bytes() == HELLO
+    assert blobs.path(HELLO_DIGEST) == blobs.directory / HELLO_DIGEST[:2] / HELLO_DIGEST
+    assert blobs.has(HELLO_DIGEST, 5)
+    assert not blobs.has(HELLO_DIGEST, 6)
+
+
+def test_the_same_blob_may_be_put_twice(blobs: Blobs) -> None:
+    assert blobs.put(HELLO) == blobs.put(HELLO)
+    assert tree_bytes(blobs.directory) == 5
+
+
+def test_a_flipped_bit_is_told_by_the_blobs_name(blobs: Blobs) -> None:
+    path = blobs.path(blobs.put(HELLO))
+    path.write_bytes(b"hellp")
+    with pytest.raises(CorruptError, match=rf"{path} is corrupt.*restore it from a backup$"):
+        blobs.verify(HELLO_DIGEST)
+
+
+def test_a_missing_blob_is_told_by_its_name(blobs: Blobs) -> None:
+    with pytest.raises(CorruptError, match=rf"{HELLO_DIGEST} cannot be read: No such file"):
+        blobs.verify(HELLO_DIGEST)
+
+
+def test_an_adopted_file_moves_into_place(blobs: Blobs, tmp_path: Path) -> None:
+    (tmp_path / "spool").write_bytes(HELLO)
+    blobs.adopt(tmp_path / "spool", HELLO_DIGEST)
+    assert not (tmp_path / "spool").exists()
+    assert blobs.verify(HELLO_DIGEST).read_bytes() == HELLO
+
+
+def test_a_removed_blob_is_gone_and_may_be_removed_again(blobs: Blobs) -> None:
+    blobs.put(HELLO)
+    blobs.remove(HELLO_DIGEST)
+    blobs.remove(HELLO_DIGEST)
+    assert not blobs.has(HELLO_DIGEST, 5)
+
+
+def test_a_files_digest_is_that_of_all_its_bytes(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 8192  # 2 MiB: more than one piece
+    (tmp_path / "file").write_bytes(data)
+    assert file_digest(tmp_path / "file") == sha256(data).hexdigest()
+
+
+def test_the_size_of_a_tree_counts_every_file(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_bytes(b"1")
+    (tmp_path / "a" / "b" / "two").write_bytes(b"22")
+    assert tree_bytes(tmp_path) == 3

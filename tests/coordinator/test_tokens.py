@@ -1,0 +1,76 @@
+"""Site tokens: shown once, stored as a salted hash, replaced and revoked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.store.journal import Journal
+from coordinator.tokens import add_token, check_token
+from shared.errors import ConfigError
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "journal.sqlite")
+    yield journal
+    journal.close()
+
+
+def test_a_token_lets_its_own_site_in_and_no_other(journal: Journal) -> None:
+    token, other = add_token(journal, "eu"), add_token(journal, "us")
+    assert check_token(journal, "eu", token)
+    assert not check_token(journal, "us", token)
+    assert not check_token(journal, "eu", other)
+    assert not check_token(journal, "nobody", token)
+    for wrong in ("", token[:-1], token + "x", token.upper()):
+        assert not check_token(journal, "eu", wrong)
+
+
+def test_only_a_salted_hash_is_on_disk(journal: Journal) -> None:
+    tokens = [add_token(journal, "eu"), add_token(journal, "us")]
+    stored = [journal.token("eu"), journal.token("us")]
+    journal.close()
+    written = b"".join(path.read_bytes() for path in journal.path.parent.iterdir())
+    for token, row in zip(tokens, stored, strict=True):
+        assert row is not None
+        salt, hashed = row
+        assert (len(salt), len(hashed)) == (16, 32)
+        assert hashed in written
+        assert token.encode() not in written
+    assert stored[0][0] != stored[1][0], "each has its own salt"
+
+
+def test_a_new_token_replaces_the_old_one(journal: Journal) -> None:
+    old = add_token(journal, "eu")
+    new = add_token(journal, "eu")
+    assert old != new
+    assert not check_token(journal, "eu", old)
+    assert check_token(journal, "eu", new)
+
+
+def test_a_revoked_token_works_no_longer_and_a_new_one_does(journal: Journal) -> None:
+    token = add_token(journal, "eu")
+    assert journal.revoke_token("eu")
+    assert not check_token(journal, "eu", token)
+    assert not journal.revoke_token("eu"), "there is none left to revoke"
+    assert not journal.revoke_token("nobody")
+    assert check_token(journal, "eu", add_token(journal, "eu"))
+
+
+def test_a_site_that_joined_without_a_token_has_none(journal: Journal) -> None:
+    journal.site_joined("eu", "session")
+    assert not check_token(journal, "eu", "")
+    assert not journal.revoke_token("eu")
+    add_token(journal, "eu")
+    (site,) = journal.sites()
+    assert (site.session, site.joined, site.has_token, site.revoked) == ("session", True, True, False)
+
+
+@pytest.mark.parametrize("name", ["", "EU", "eu west", "-eu", "eu-", "../eu", "eu\n", "é", "a" * 65])
+def test_a_name_that_cannot_be_a_sites_is_refused(journal: Journal, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a site's name"):
+        add_token(journal, name)
+    assert journal.sites() == []

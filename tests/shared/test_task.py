@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shared.errors import ConfigError
+from shared.task import BatchStream, Task, build_model, load_task
+
+WHOLE = """
+class Mine:
+    def __init__(self, options):
+        self.options = options
+    def build_model(self): ...
+    def train_batches(self, shard, batch_size): ...
+    def loss(self, model, batch): ...
+"""
+
+
+def written(directory: Path, text: str, name: str = "mine.py") -> Path:
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# ---- finding a task
+
+
+def test_a_task_is_found_by_its_registered_name() -> None:
+    task = load_task("byte-lm", {"width": 32, "layers": 1, "heads": 2, "context": 8})
+    assert isinstance(task, Task)
+
+
+def test_a_task_is_found_in_a_file_and_given_its_options(tmp_path: Path) -> None:
+    path = written(tmp_path, WHOLE)
+    assert load_task(f"{path}:Mine", {"width": 3}).options == {"width": 3}
+
+
+def test_a_relative_file_counts_from_the_base_and_then_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    written(tmp_path / "here", WHOLE + "    place = 'here'\n")
+    assert load_task("mine.py:Mine", {}, tmp_path / "base").place == "here"
+    written(tmp_path / "base", WHOLE + "    place = 'base'\n")
+    assert load_task("mine.py:Mine", {}, tmp_path / "base").place == "base"
+    assert load_task("mine.py:Mine", {}).place == "here"
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (
+            "nothing",
+            r'^\[task\] use: no task \'nothing\' is installed; one of .*byte-lm.* would do, or "file\.py:Class" ',
+        ),
+        (
+            "nothing.py:Mine",
+            r"^\[task\] use: no file .*nothing\.py; write the path of a Python file as file\.py:Class$",
+        ),
+        ("mine.py:Theirs", r"^\[task\] use: .*mine\.py has no class 'Theirs'$"),
+        ("mine.py:", r"^\[task\] use: .*mine\.py has no class ''$"),
+        ("mine.py:a_function", r"^\[task\] use: .*mine\.py has no class 'a_function'$"),
+        (
+            "mine.py:Half",
+            r"^\[task\] use: 'mine\.py:Half' lacks build_model, train_batches; see Task in shared/task\.py$",
+        ),
+        ("notes.txt:Mine", r"^\[task\] use: .*notes\.txt is not a Python file$"),
+        (
+            "broken.py:Mine",
+            r"^\[task\] use: .*broken\.py cannot be imported: ModuleNotFoundError: No module named 'no_such_'?",
+        ),
+        ("syntax.py:Mine", r"^\[task\] use: .*syntax\.py cannot be imported: SyntaxError: "),
+    ],
+)
+def test_a_task_that_cannot_be_had_is_told_with_what_would_do(use: str, said: str, tmp_path: Path) -> None:
+    written(tmp_path, WHOLE + "class Half:\n    def loss(self, model, batch): ...\ndef a_function(): ...\n")
+    written(tmp_path, "hello", "notes.txt")
+    written(tmp_path, "import no_such_", "broken.py")
+    written(tmp_path, "def", "syntax.py")
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_task(use, {}, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_class_that_leaves_methods_out_is_told_which(tmp_path: Path) -> None:
+    written(tmp_path, "from shared.task import Task\nclass Half(Task):\n    def loss(self, model, batch): ...\n")
+    with pytest.raises(ConfigError, match="lacks build_model, train_batches"):
+        load_task("mine.py:Half", {}, tmp_path)
+
+
+def test_a_task_file_may_hold_dataclasses_with_postponed_annotations(tmp_path: Path) -> None:
+    settings = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass S:\n    a: int = 1\n"
+    )
+    written(tmp_path, settings + WHOLE)
+    assert load_task("mine.py:Mine", {}, tmp_path).options == {}
+
+
+# ---- building its model
+
+
+class Random(Task):
+    def build_model(self) -> nn.Module:
+        return nn.Linear(3, 2)
+
+    def train_batches(self, shard: object, batch_size: int) -> Any: ...
+    def loss(self, model: nn.Module, batch: Any) -> Any: ...
+
+
+def weights(seed: int) -> list[float]:
+    return [float(v) for p in build_model(Random({}), seed).parameters() for v in p.detach().flatten()]
+
+
+def test_a_model_is_the_same_under_the_same_seed_and_another_under_another() -> None:
+    torch.manual_seed(1)
+    first = weights(7)
+    torch.manual_seed(2)
+    assert weights(7) == first
+    assert weights(8) != first
+
+
+def test_building_a_model_does_not_disturb_the_random_state() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    weights(7)
+    np.testing.assert_array_equal(torch.get_rng_state().numpy(), before.numpy())
+
+
+def test_a_task_copies_its_options_and_has_harmless_defaults() -> None:
+    options = {"a": 1}
+    task = Random(options)
+    task.options["a"] = 2
+    assert options == {"a": 1}
+    assert task.eval_batches(4) is None
+    assert task.hf_files() is None
+    with pytest.raises(ConfigError, match="task Random does not generate text"):
+        task.generate(nn.Linear(1, 1), "x", 1, 0)
+
+
+def test_a_batch_stream_is_an_iterator_that_knows_where_it_is() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[int]:
+            return iter([])
+
+        def __next__(self) -> int:
+            return 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    assert isinstance(Stream(), BatchStream)
+    assert not isinstance(iter([]), BatchStream)

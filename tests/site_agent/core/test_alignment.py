@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from site_agent.core.alignment import Rule, align, carry
+
+
+def f32(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+THETA, SNAPSHOT, PUBLISHED = f32(-9, 1, 0.5), f32(-5, 2, 0.5), f32(-11, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "alpha", "wanted"),
+    [
+        ("overwrite", 0.5, [-11, 4, 0]),
+        ("blend", 0.5, [-10, 2.5, 0.25]),
+        ("blend", 0.25, [-10.5, 3.25, 0.125]),
+        ("blend", 0.0, [-11, 4, 0]),
+        ("blend", 1.0, [-9, 1, 0.5]),
+        ("carry", 0.5, [-15, 3, 0]),
+    ],
+)
+def test_each_rule_gives_its_definition(rule: Rule, alpha: float, wanted: list[float]) -> None:
+    aligned = align(rule, THETA, SNAPSHOT, PUBLISHED, alpha)
+    assert aligned.dtype == np.float32
+    assert aligned.tolist() == wanted
+
+
+@pytest.mark.parametrize("rule", ["overwrite", "blend", "carry"])
+def test_alignment_gives_a_new_array_and_changes_none(rule: Rule) -> None:
+    inputs = [THETA.copy(), SNAPSHOT.copy(), PUBLISHED.copy()]
+    aligned = align(rule, *inputs, 0.5)
+    assert not any(np.shares_memory(aligned, each) for each in inputs)
+    for before, after in zip([THETA, SNAPSHOT, PUBLISHED], inputs, strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("rule", ["overwrite", "carry"])
+def test_without_steps_since_the_snapshot_the_new_version_is_taken_exactly(rule: Rule) -> None:
+    published = f32(0.1, -3e38, 1e-45)
+    np.testing.assert_array_equal(align(rule, SNAPSHOT, SNAPSHOT, published, 0.5), published)
+
+
+def test_after_a_refusal_everything_since_the_old_anchor_is_carried() -> None:
+    old_anchor, theta, published = f32(1), f32(-9), f32(3)
+    assert carry(theta, old_anchor, published).tolist() == [-7]  # 3 + (−9 − 1)
+    # … so the next pseudo-gradient against the new anchor still holds all of the progress
+    assert (published - carry(theta, old_anchor, published)).tolist() == (old_anchor - theta).tolist()
+
+
+def test_blending_rounds_in_fp32() -> None:
+    theta, published = f32(0.1), f32(0.7)
+    wanted = np.float32(np.float32(0.3) * theta[0]) + np.float32(np.float32(0.7) * published[0])
+    assert align("blend", theta, theta, published, 0.3)[0] == wanted

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+
+from site_agent.core.site import Action, Align, Done, Settings, SiteCore, Snapshot, Step, Wait
+
+Overlap = Literal["auto", "unbounded"] | int
+TOKENS = 10
+BUDGET = 1_000_000
+
+
+def site(overlap: Overlap, fragments: int = 2, pace: float = 6.0, budget: int = BUDGET, merged: int = 0) -> SiteCore:
+    return SiteCore.begin(Settings(overlap, budget), [(0, merged)] * fragments, pace, sites=2)
+
+
+def train(core: SiteCore, steps: int = 1, seconds: float = 1.0) -> None:
+    """That many inner steps, each of which the core must ask for."""
+    for _ in range(steps):
+        assert core.next_action() == Step()
+        core.stepped(TOKENS, seconds)
+
+
+def take(core: SiteCore, now: float = 0.0) -> Snapshot:
+    """The snapshot that the core must ask for now."""
+    action = core.next_action()
+    assert isinstance(action, Snapshot), action
+    core.snapshot_taken(action, now)
+    return action
+
+
+def take_up(core: SiteCore) -> Align:
+    """The alignment that the core must ask for now."""
+    action = core.next_action()
+    assert isinstance(action, Align), action
+    core.aligned(action.fragment)
+    return action
+
+
+def deliver(core: SiteCore, fragment: int, version: int, tokens: int = 0, now: float = 0.0) -> None:
+    """The contribution is accepted, and the version that holds it arrives."""
+    core.accepted(fragment, version, now)
+    core.arrived(fragment, version, tokens, "align", now)
+
+
+# ---- τ
+
+
+def test_without_overlap_a_site_waits_right_after_its_snapshot() -> None:
+    core = site(0)
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=0, base_version=0, tokens=30, steps=3)
+    assert core.next_action() == Wait(0)
+    core.accepted(0, 1, now=1.0)
+    assert core.next_action() == Wait(0)
+    core.arrived(0, 1, 60, "align", now=2.0)
+    assert take_up(core) == Align(0, 1, "align")
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=1, base_version=0, tokens=60, steps=6)
+    assert core.next_action() == Wait(1)
+
+
+def test_a_fixed_overlap_aligns_exactly_that_many_steps_after_the_snapshot_however_early_the_version() -> None:
+    core = site(2)
+    train(core, 3)
+    take(core)
+    deliver(core, 0, 1)
+    train(core, 2)
+    assert take_up(core) == Align(0, 1, "align")
+    train(core)
+    assert take(core).fragment == 1
+
+
+def test_a_fixed_overlap_waits_for_a_late_version_and_aligns_on_the_same_step() -> None:
+    core = site(2)
+    train(core, 3)
+    take(core)
+    train(core, 2)
+    assert core.next_action() == Wait(0)
+    assert core.next_action() == Wait(0)
+    deliver(core, 0, 1)
+    assert take_up(core) == Align(0, 1, "align")
+    assert core.steps == 5
+
+
+def test_unbounded_trains_on_until_the_version_is_here_and_aligns_at_once() -> None:
+    core = site("unbounded")
+    train(core, 3)
+    take(core)
+    train(core, 1)
+    deliver(core, 0, 1)
+    assert take_up(core) == Align(0, 1, "align")
+    assert core.steps == 4
+
+
+def test_unbounded_waits_only_when_the_fragment_is_due_again() -> None:
+    core = site("unbounded", fragments=1)
+    train(core, 6)
+    take(core)
+    train(core, 6)
+    assert core.next_action() == Wait(0)
+    deliver(core, 0, 1)
+    take_up(core)
+    # it was due all along: its snapshot is taken now, of everything since the last one
+    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=60, steps=6)
+
+
+def test_auto_has_no_bound_until_it_has_measured_a_round_trip() -> None:
+    core = site("auto")
+    train(core, 3, seconds=0.5)
+    take(core, now=100.0)
+    train(core, 2, seconds=0.5)
+    deliver(core, 0, 1, now=101.0)  # 1 s: 2.5 steps with the margin
+    take_up(core)
+    assert core.overlap_seconds == 1.5
+    train(core, 1, seconds=0.5)
+    take(core, now=102.0)
+    train(core, 3, seconds=0.5)
+    # three steps after fragment 1's snapshot fragment 0 is due too, but the older snapshot comes first
+    assert core.next_action() == Wait(1)
+
+
+def test_auto_aligns_before_its_bound_when_the_version_is_here() -> None:
+    core = site("auto")
+    core.tempo.round_trip(100.0)
+    train(core, 3)
+    take(core)
+    train(core, 1)
+    deliver(core, 0, 1)
+    assert take_up(core) == Align(0, 1, "align")
+
+
+def test_overlap_seconds_are_zero_where_there_is_no_bound() -> None:
+    assert site("unbounded").overlap_seconds == 0
+    core = site(2)
+    train(core, 1, seconds=0.25)
+    assert core.overlap_seconds == 0.5
+
+
+# ---- one contribution at a time
+
+
+@pytest.mark.parametrize("overlap", [5, "auto", "unbounded"])
+def test_a_fragment_never_has_two_contributions_on_their_way(overlap: Overlap) -> None:
+    core = site(overlap, fragments=1, pace=2.0)
+    train(core, 2)
+    take(core)
+    train(core, 2)
+    assert core.next_action() == Wait(0)
+    core.accepted(0, 1, now=0.0)
+    assert core.next_action() == Wait(0)
+
+
+def test_the_oldest_snapshot_is_aligned_first() -> None:
+    core = site(3, fragments=4, pace=4.0)
+    for fragment in range(3):
+        train(core)
+        assert take(core).fragment == fragment
+    train(core)
+    # τ = 3: fragment 0 is late now, before fragment 3 can be sent
+    for fragment in (2, 1, 0):
+        deliver(core, fragment, 1)
+    assert take_up(core).fragment == 0
+    assert take(core).fragment == 3
+    train(core)
+    assert take_up(core).fragment == 1
+
+
+def test_fragments_that_are_due_together_go_in_order() -> None:
+    core = site("unbounded", fragments=4, pace=2.0)
+    train(core)
+    assert [take(core).fragment for _ in range(2)] == [0, 1]
+    train(core)
+    assert [take(core).fragment for _ in range(2)] == [2, 3]
+
+
+def test_a_due_fragment_that_is_being_fetched_is_waited_for() -> None:
+    core = site("unbounded", fragments=1, pace=1.0)
+    core.fragments[0].fetching = True
+    train(core)
+    assert core.next_action() == Wait(0)
+    core.arrived(0, 3, 0, "overwrite", now=0.0)
+    take_up(core)
+    assert core.next_action() == Snapshot(0, 3, 0, 0)
+
+
+# ---- what was refused, delivered before, or complete
+
+
+def test_after_a_refusal_the_next_snapshot_carries_all_tokens() -> None:
+    core = site(0, fragments=1, pace=3.0)
+    train(core, 3)
+    assert take(core).tokens == 30
+    core.arrived(0, 7, 500, "rebase", now=1.0)
+    assert take_up(core) == Align(0, 7, "rebase")
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=0, base_version=7, tokens=60, steps=6)
+    deliver(core, 0, 8)
+    take_up(core)
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=0, base_version=8, tokens=30, steps=3)
+
+
+def test_a_refusal_keeps_to_a_fixed_overlap_too() -> None:
+    core = site(2, fragments=1)
+    train(core, 6)
+    take(core)
+    core.arrived(0, 7, 500, "rebase", now=1.0)
+    train(core, 2)
+    assert take_up(core) == Align(0, 7, "rebase")
+
+
+def test_steps_since_the_snapshot_count_for_the_next_contribution() -> None:
+    core = site(2, fragments=1, pace=6.0)
+    train(core, 6)
+    take(core)
+    train(core, 2)
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 4)
+    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=60, steps=6)
+
+
+def test_an_overwrite_drops_what_was_delivered_before() -> None:
+    core = site("unbounded", fragments=1, pace=3.0)
+    train(core, 2)
+    core.arrived(0, 5, 900, "overwrite", now=0.0)
+    assert take_up(core) == Align(0, 5, "overwrite")
+    train(core, 1)
+    assert take(core) == Snapshot(fragment=0, base_version=5, tokens=10, steps=1)
+
+
+def test_an_acknowledgement_counts_once() -> None:
+    core = site(2, fragments=1)
+    train(core, 6)
+    take(core)
+    core.accepted(0, 1, now=1.0)
+    core.accepted(0, 1, now=2.0)
+    assert core.fragments[0].counted_tokens == 60
+    assert core.tempo.sync_seconds == 1.0
+
+
+def test_news_of_nothing_on_its_way_changes_nothing() -> None:
+    core = site(2)
+    core.accepted(0, 1, now=1.0)
+    assert core.fragments[0].counted_tokens == 0
+    with pytest.raises(ValueError, match="fragment 0 has no version to align with"):
+        core.aligned(0)
+
+
+def test_a_completed_fragment_gets_no_snapshot() -> None:
+    core = site(0)
+    core.completed(0)
+    train(core, 6)
+    assert take(core).fragment == 1
+    deliver(core, 1, 1)
+    take_up(core)
+    train(core, 6)
+    assert take(core).fragment == 1
+
+
+def test_completion_ends_a_wait() -> None:
+    core = site(0)
+    train(core, 3)
+    take(core)
+    assert core.next_action() == Wait(0)
+    core.completed(0)
+    train(core, 3)
+
+
+def test_completion_drops_a_version_that_is_here() -> None:
+    core = site(2)
+    train(core, 3)
+    take(core)
+    deliver(core, 0, 1)
+    core.completed(0)
+    train(core, 3)
+    assert take(core).fragment == 1
+
+
+def test_a_site_is_done_when_every_fragment_has_merged_the_budget() -> None:
+    core = site(0, budget=100)
+    train(core, 3)
+    take(core)
+    deliver(core, 0, 1, tokens=100)
+    take_up(core)
+    train(core, 3)
+    take(core)
+    deliver(core, 1, 1, tokens=99)
+    take_up(core)
+    train(core, 6)
+    assert take(core).fragment == 1
+    core.completed(1)
+    assert core.next_action() == Done()
+
+
+def test_a_site_that_joins_a_finished_run_is_done_at_once() -> None:
+    assert site(2, budget=100, merged=100).next_action() == Done()
+
+
+def test_a_site_that_joins_late_starts_from_what_is_merged() -> None:
+    core = SiteCore.begin(Settings(0, 1000), [(4, 400), (3, 1000)], 6.0, sites=2)
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=0, base_version=4, tokens=30, steps=3)
+
+
+# ---- pace and the budget's clock
+
+
+def test_a_new_pace_holds_from_the_next_cycle() -> None:
+    core = site("unbounded", fragments=1, pace=4.0)
+    train(core, 2)
+    core.pace = 2.0
+    due = []
+    for _ in range(8):
+        action: Action = core.next_action()
+        if isinstance(action, Snapshot):
+            due.append(core.steps)
+            take(core)
+            deliver(core, 0, len(due))
+            take_up(core)
+        train(core)
+    assert due == [4, 6, 8]
+
+
+def test_the_furthest_token_count_never_falls() -> None:
+    core = site(0, fragments=1, pace=3.0)
+    seen = []
+    merged: Callable[[int], int] = lambda round_: 55 * round_  # noqa: E731
+    for round_ in range(1, 6):
+        train(core, 3)
+        seen.append(core.furthest)
+        take(core)
+        deliver(core, 0, round_, tokens=merged(round_))
+        take_up(core)
+    assert seen == sorted(seen)
+    assert seen[0] == 60  # 30 tokens here, two sites
+
+
+def test_the_budget_is_counted_from_the_snapshot_that_a_version_holds() -> None:
+    core = site(2, fragments=1)
+    train(core, 6)
+    take(core)
+    train(core, 2)
+    deliver(core, 0, 1, tokens=180)  # the run merged three times what this site sent
+    take_up(core)
+    assert core.fragments[0].progress.estimate(core.tokens) == 180 + 3 * 20

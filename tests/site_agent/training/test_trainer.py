@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shared.config import InnerTable
+from shared.errors import ConfigError
+from shared.fragments import Layout, TensorSpec, build_layout
+from site_agent.training.trainer import Trainer, evaluate, load_flat
+
+CPU = torch.device("cpu")
+
+
+class Scalars(nn.Module):
+    """A matrix, a vector and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        self.b = nn.Parameter(torch.tensor([5.0, 6.0, 7.0]))
+        self.s = nn.Parameter(torch.tensor(8.0))
+
+
+class Sum:
+    """loss = x · Σ of all weights, so that every gradient is the batch's x."""
+
+    def __init__(self) -> None:
+        self.modes: list[bool] = []
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        self.modes.append(model.training)
+        x = batch["x"][0] if isinstance(batch, dict) else batch
+        return x * sum(p.sum() for p in model.parameters()), 7
+
+
+def layout_of(model: nn.Module, fragments: int = 2) -> Layout:
+    return build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], fragments, "balanced")
+
+
+def trainer(throttle: float = 1.0, **inner: Any) -> Trainer:
+    model = Scalars()
+    settings = InnerTable(**{"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, **inner})
+    return Trainer(Sum(), model, layout_of(model), settings, CPU, throttle)
+
+
+def stream(*values: float) -> Iterator[Tensor]:
+    return itertools.cycle([torch.tensor(value) for value in values])
+
+
+def weights(t: Trainer) -> dict[str, Any]:
+    return {name: p.detach().tolist() for name, p in t.parameters.items()}
+
+
+# ---- fragments as flat vectors
+
+
+def test_a_fragment_reads_as_one_flat_vector_in_the_order_of_names() -> None:
+    t = trainer()
+    assert [[tensor.name for tensor in fragment.tensors] for fragment in t.layout.fragments] == [["w"], ["b", "s"]]
+    assert t.read(0).tolist() == [1, 2, 3, 4]
+    assert t.read(1).tolist() == [5, 6, 7, 8]
+    assert t.read(1).dtype == np.float32
+
+
+def test_what_is_written_is_read_back_bit_for_bit() -> None:
+    t = trainer()
+    flat = np.array([0.1, -0.0, 1e-45, -3e38], np.float32)
+    t.write(1, flat)
+    assert t.read(1).tobytes() == flat.tobytes()
+    assert t.read(0).tolist() == [1, 2, 3, 4]
+    assert weights(t)["s"] == float(np.float32(-3e38))
+
+
+def test_what_was_read_does_not_move_with_the_weights() -> None:
+    t = trainer()
+    before = t.read(0)
+    t.step(stream(1.0), 0.5)
+    assert before.tolist() == [1, 2, 3, 4]
+    flat = np.zeros(4, np.float32)
+    t.write(0, flat)
+    flat += 1
+    assert t.read(0).tolist() == [0, 0, 0, 0]
+
+
+def test_a_model_in_half_precision_is_read_as_fp32() -> None:
+    model = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    t = Trainer(Sum(), model, layout_of(model, 1), InnerTable(), CPU)
+    flat = np.array([1.5, -2.0, 0.25, 3.0], np.float32)
+    t.write(0, flat)
+    assert t.read(0).dtype == np.float32
+    assert t.read(0).tolist() == flat.tolist()
+
+
+def test_a_model_of_another_layout_is_refused_by_name() -> None:
+    layout = layout_of(Scalars())
+    with pytest.raises(ConfigError, match=r"lacks the run's tensor b"):
+        Trainer(Sum(), nn.Linear(2, 2, bias=False), layout, InnerTable(), CPU)
+    other = Scalars()
+    other.b = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"tensor b is \[4\] in this task and \[3\] in the run"):
+        Trainer(Sum(), other, layout, InnerTable(), CPU)
+
+
+# ---- an inner step
+
+
+def test_an_sgd_step_is_the_one_on_paper() -> None:
+    t = trainer()
+    loss, tokens, seconds = t.step(stream(2.0), 0.25)
+    assert loss == 2.0 * 36
+    assert tokens == 7
+    assert seconds >= 0
+    assert weights(t) == {"w": [[0.5, 1.5], [2.5, 3.5]], "b": [4.5, 5.5, 6.5], "s": 7.5}
+    t.step(stream(-4.0), 0.125)
+    assert weights(t)["s"] == 8.0
+
+
+def test_weight_decay_shrinks_the_matrix_only() -> None:
+    t = trainer(weight_decay=0.5)
+    t.step(stream(0.0), 0.5)
+    assert weights(t) == {"w": [[0.75, 1.5], [2.25, 3.0]], "b": [5, 6, 7], "s": 8}
+
+
+def test_the_gradient_is_clipped_to_the_norm_of_the_config() -> None:
+    clipped = trainer(clip_norm=1.0)
+    clipped.step(stream(10.0), 1.0)  # norm 10 · √8, so each gradient becomes 1/√8
+    assert weights(clipped)["s"] == pytest.approx(8 - 8**-0.5, abs=1e-6)
+    small = trainer(clip_norm=1.0)
+    small.step(stream(0.25), 1.0)  # norm 0.71: as it is
+    assert weights(small)["s"] == 7.75
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad: float, clip_norm: float, optimizer: str) -> None:
+    t = trainer(clip_norm=clip_norm, optimizer=optimizer)
+    before = weights(t)
+    batches = stream(bad, bad, 0.5)
+    for _ in range(2):
+        _, tokens, _ = t.step(batches, 0.5)
+        assert tokens == 7
+    assert t.skipped_steps == 2
+    assert weights(t) == before
+    t.step(batches, 0.5)
+    assert t.skipped_steps == 2
+    assert weights(t) != before
+    assert all(np.isfinite(t.read(p)).all() for p in range(2))
+
+
+def test_gradients_do_not_add_up_over_steps() -> None:
+    t = trainer()
+    for _ in range(3):
+        t.step(stream(1.0), 0.5)
+    assert weights(t)["s"] == 8 - 3 * 0.5
+
+
+def test_batches_of_any_form_reach_the_task() -> None:
+    class Batch(dict[str, Any]):
+        pass
+
+    t = trainer()
+    t.step(iter([{"x": [torch.tensor(2.0)], "note": "kept"}]), 0.5)  # type: ignore[arg-type]
+    assert weights(t)["s"] == 7.0
+
+
+def test_training_runs_in_training_mode() -> None:
+    t = trainer()
+    t.model.eval()
+    t.step(stream(1.0), 0.5)
+    assert t.task.modes == [True]
+
+
+def test_a_throttled_site_sleeps_until_its_share_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    trainer(throttle=0.25).step(stream(1.0), 0.5)
+    assert slept == [3.0]  # a step of 1 s at a quarter of the speed takes 4 s
+    trainer().step(stream(1.0), 0.5)
+    assert slept == [3.0]
+
+
+# ---- calibration
+
+
+def test_calibration_leaves_a_fresh_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(optimizer="adamw")
+    batches = stream(1.0, float("nan"))
+    assert t.calibrate(batches, 4, 1e9) >= 0
+    assert len(t.optimizer.state) == 0
+    assert t.skipped_steps == 0
+    assert all(p.grad is None for p in t.parameters.values())
+    # the first step after it is the first step of a new trainer
+    fresh = trainer(optimizer="adamw")
+    for p in range(2):
+        t.write(p, fresh.read(p))
+    t.step(stream(0.5), 0.1)
+    fresh.step(stream(0.5), 0.1)
+    assert weights(t) == weights(fresh)
+
+
+def test_calibration_takes_the_steps_it_is_given_and_one_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    t = trainer()
+    assert t.calibrate(stream(1.0), 3, 1e9) == 2.0  # three readings of the clock a step: two ticks from first to last
+    assert len(t.task.modes) == 4
+
+
+def test_calibration_ends_when_its_time_is_over_after_one_step_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    t = trainer()
+    t.calibrate(stream(1.0), 100, 5.0)
+    assert len(t.task.modes) == 1 + 3  # 2 + 2 + 2 ≥ 5
+    t.calibrate(stream(1.0), 100, 0.0)
+    assert len(t.task.modes) == 4 + 2
+
+
+# ---- evaluation of published weights
+
+
+def test_evaluation_is_weighted_by_tokens_and_leaves_the_mode() -> None:
+    class Weighted:
+        def loss(self, model: nn.Module, batch: tuple[float, int]) -> tuple[Tensor, int]:
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            return torch.tensor(batch[0]), batch[1]
+
+    model = Scalars()
+    assert evaluate(Weighted(), model, [(1.0, 1), (3.0, 2)], CPU) == pytest.approx(7 / 3)
+    assert model.training
+    assert evaluate(Weighted(), model, [], CPU) is None
+    model.eval()
+    evaluate(Weighted(), model, [(1.0, 1)], CPU)
+    assert not model.training
+
+
+def test_published_weights_are_loaded_into_any_model_of_the_layout() -> None:
+    model, layout = Scalars(), layout_of(Scalars())
+    load_flat(model, layout, [np.arange(4, dtype=np.float32), np.arange(4, 8, dtype=np.float32)])
+    assert model.w.tolist() == [[0, 1], [2, 3]]
+    assert model.b.tolist() == [4, 5, 6]
+    assert float(model.s.detach()) == 7
+    with pytest.raises(ConfigError, match="lacks the run's tensor"):
+        load_flat(nn.Linear(2, 2), layout, [])
