@@ -213,8 +213,9 @@ class Fleet:
         sites = [self.site(name) for name in names]
         for site in sites:
             await site.join()
-        for site in sites:
-            await site.beat()
+        for state in ("ready", "training"):
+            for site in sites:
+                await site.beat(state)
         assert self.coordinator.core.started
         return sites
 

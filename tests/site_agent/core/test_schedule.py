@@ -68,11 +68,12 @@ def test_paced_cycles_average_to_the_pace(quarters: int, cycles: int) -> None:
     assert cycle.end == int(cycles * pace)
 
 
-def test_a_third_is_not_lost_to_rounding() -> None:
+@pytest.mark.parametrize(("pace", "cycles", "steps"), [(10 / 3, 300, 1000), (11 / 3, 90, 330), (2.1, 100, 210)])
+def test_fractions_are_not_lost_to_rounding(pace: float, cycles: int, steps: int) -> None:
     cycle = Cycle(0, 0)
-    for _ in range(300):
-        cycle = next_cycle(cycle.end, 10 / 3, cycle.carry)
-    assert cycle.end == 1000
+    for _ in range(cycles):
+        cycle = next_cycle(cycle.end, pace, cycle.carry)
+    assert cycle.end == steps
 
 
 @pytest.mark.parametrize("pace", [0.001, 0.5, 0.999])

@@ -168,6 +168,26 @@ def test_the_oldest_snapshot_is_aligned_first() -> None:
     assert take_up(core).fragment == 1
 
 
+def test_versions_that_arrive_together_are_taken_up_in_the_order_of_their_snapshots() -> None:
+    core = site("unbounded", fragments=3, pace=6.0)
+    train(core, 2)
+    take(core)
+    train(core, 2)
+    assert take(core).fragment == 1
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 2)
+    assert take(core).fragment == 2
+    deliver(core, 2, 1)
+    take_up(core)
+    train(core, 2)
+    assert take(core).fragment == 0
+    core.arrived(2, 5, 0, "overwrite", now=0.0)  # nothing of it is on its way: it comes before all
+    deliver(core, 0, 2)
+    deliver(core, 1, 1)
+    assert [take_up(core).fragment for _ in range(3)] == [2, 1, 0]
+
+
 def test_fragments_that_are_due_together_go_in_order() -> None:
     core = site("unbounded", fragments=4, pace=2.0)
     train(core)

@@ -1,0 +1,1 @@
+"""Measured claims, each one command: `python -m benchmarks.NAME [--quick] [--json FILE]`."""

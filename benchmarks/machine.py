@@ -1,0 +1,84 @@
+"""What every benchmark says of the machine it ran on, and how it prints and stores its rows."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+COPY_BYTES = 256 << 20
+REPEATS = 7
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The two options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="end within five minutes on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    return parser
+
+
+def copy_bytes_per_second() -> float:
+    """Memory bandwidth of a plain copy on all cores, bytes read plus bytes written; median of several runs."""
+    cores = os.cpu_count() or 1
+    source, target = np.ones(COPY_BYTES, dtype=np.uint8), np.zeros(COPY_BYTES, dtype=np.uint8)
+    cuts = np.linspace(0, COPY_BYTES, cores + 1).astype(int)
+    times = []
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            list(pool.map(lambda a, b: np.copyto(target[a:b], source[a:b]), cuts[:-1], cuts[1:]))
+            times.append(time.perf_counter() - began)
+    return 2 * COPY_BYTES / statistics.median(times)
+
+
+def machine(copy: float) -> dict[str, Any]:
+    """The `machine` object of the JSON."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "copy_bytes_per_second": copy,
+        "torch": str(torch.__version__),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def report(title: str, copy: float, rows: Sequence[Mapping[str, Any]], file: Path | None) -> None:
+    """Prints the rows as a table and, with `file`, writes machine and rows as JSON."""
+    console = Console()
+    table = Table(title=title, show_header=False)
+    for field in rows[0]:
+        table.add_row(field, *(_shown(row[field]) for row in rows))
+    console.print(f"{_cpu()}, {os.cpu_count()} cores, copy {copy / 1e9:.1f} GB/s")
+    console.print(table)
+    if file is not None:
+        document = {"machine": machine(copy), "rows": list(rows)}
+        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
