@@ -3,12 +3,12 @@
 # from the very configs of compose.yaml, on loopback ports and with a smaller budget. Prints a line for each check,
 # then PASS, and leaves nothing behind.
 #
-#   docker/verify.sh            as root, on a Debian; ten minutes on two cores, and 6 GB under TMPDIR (with vfs several times that)
+#   docker/verify.sh            as root on a Debian: ten minutes on two cores, 6 GB under TMPDIR, with vfs far more
 #
 # buildah builds and runs, with chroot for isolation. The base image is bootstrapped from Debian under the name that
-# FROM has, so that no registry of images is asked. STORAGE_DRIVER=vfs is for kernels that refuse buildah's overlays. pip's settings on this machine hold in the builds too: its
-# configuration, its PIP_* variables, and the local directories that they name. PIP_EXTRA_ARGS is the builds' argument.
-# Missing tools are installed from Debian.
+# FROM has, so that no registry of images is asked. STORAGE_DRIVER=vfs is for kernels that refuse buildah's overlays.
+# pip's settings on this machine hold in the builds too: its configuration, its PIP_* variables, and the local
+# directories that they name. PIP_EXTRA_ARGS is the builds' argument. Missing tools are installed from Debian.
 set -euo pipefail
 
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -202,7 +202,7 @@ config_of() { b inspect --type image --format "{{range .Docker.Config.$2}}{{prin
 
 free_port() { python3 -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"; }
 
-# create NAME IMAGE. buildah mounts an image's own volume and ours of the same place in either order, so the image's goes.
+# create NAME IMAGE. buildah mounts an image's own volume and ours at the same place in either order: the image's goes.
 create() {
     b from --pull-never --name "$1" "isthmus-$2" >/dev/null
     b inspect --type image --format '{{.Docker.Config.Volumes}}' "isthmus-$2" | grep -q /state \

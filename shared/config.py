@@ -16,7 +16,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -290,7 +290,7 @@ def _sentence(root: type[BaseModel], error: dict[str, Any], values: dict[str, An
     where = f"[{location[0]}] {key}".strip() if location else ""
     if error["type"] == "extra_forbidden":
         name = location[-1]
-        near = difflib.get_close_matches(name, list(table.model_fields), n=1)
+        near = difflib.get_close_matches(name, _keys(table).split(", "), n=1)
         kind = "key" if len(location) > 1 else "table"
         hint = f'; did you mean "{near[0]}"?' if near else ""
         return f"{where}: unknown {kind}{hint or '; it may have: ' + _keys(table)}"
@@ -325,7 +325,8 @@ def _found(error: dict[str, Any], location: list[str], values: dict[str, Any]) -
         value = value.get(part, error.get("input")) if isinstance(value, dict) else error.get("input")
     text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
     kinds = {str: "text", bool: "a truth value", int: "a whole number", float: "a number", list: "a list"}
-    return f"{text[:80]} ({kinds.get(type(value), 'a table')})"
+    kinds |= {dict: "a table"}
+    return f"{text[:80]} ({kinds.get(type(value), type(value).__name__)})"
 
 
 def _would_do(field: Any) -> str:
@@ -339,5 +340,6 @@ def _would_do(field: Any) -> str:
         return f"one of {', '.join(listed)}" if len(listed) > 1 else listed[0]
     if field.annotation is bool:
         return "true or false"
-    nested = field.annotation if isinstance(field.annotation, type) else None
-    return "a table" if nested and issubclass(nested, BaseModel) else "another value"
+    candidates = [get_origin(c) or c for c in (field.annotation, *get_args(field.annotation))]
+    table = any(isinstance(c, type) and issubclass(c, BaseModel | dict) for c in candidates)
+    return "a table" if table else "another value"

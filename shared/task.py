@@ -9,6 +9,7 @@ whether both mean the same model.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) ->
     Raises ConfigError when the name, the file or the class is not there, or the options do not fit.
     """
     cls = _from_file(use, base or Path()) if ":" in use else _from_entry_point(use)
-    missing = [name for name in _REQUIRED if not callable(getattr(cls, name, None))]
+    abstract: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
+    missing = [name for name in _REQUIRED if name in abstract or not callable(getattr(cls, name, None))]
     if missing:
         raise ConfigError(f"[task] use: {use!r} lacks {', '.join(missing)}; see Task in shared/task.py")
     return cls(options)
@@ -106,7 +108,10 @@ def _from_entry_point(name: str) -> type:
             f"[task] use: no task {name!r} is installed; one of {', '.join(sorted(found)) or 'none'} would do, "
             'or "file.py:Class" for a file on this machine'
         )
-    loaded: type = found[name].load()
+    try:
+        loaded: type = found[name].load()
+    except Exception as error:  # an installed task's fault, told as such
+        raise ConfigError(f"[task] use: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     return loaded
 
 
@@ -121,9 +126,11 @@ def _from_file(use: str, base: Path) -> type:
     if spec is None or spec.loader is None:
         raise ConfigError(f"[task] use: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling of a module's classes look it up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises is told as that file's fault
+        del sys.modules[spec.name]
         raise ConfigError(f"[task] use: {path} cannot be imported: {type(error).__name__}: {error}") from error
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type):

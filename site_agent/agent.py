@@ -175,7 +175,7 @@ class Agent:
 
     def _begin(self, anchors: list[Anchor], step_seconds: float) -> None:
         """A site without a past in this run."""
-        torch.manual_seed(self.run_config.run.seed * 1_000_003 + self._orders.shard.index)
+        torch.manual_seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
             self.trainer.write(p, anchor.flat)

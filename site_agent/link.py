@@ -96,7 +96,7 @@ def credentials(
 
 def backoff(attempt: int, chance: float) -> float:
     """Seconds to wait before try `attempt` (from 1), for a uniform `chance` in [0, 1): full jitter."""
-    return chance * float(min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(attempt, 16)))
+    return chance * float(min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(attempt - 1, 16)))
 
 
 class Link:

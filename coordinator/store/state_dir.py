@@ -46,6 +46,12 @@ class StateDir:
     def hold(cls, path: Path) -> StateDir:
         """Opens `path` for a coordinator: no other may hold it. Raises ConfigError naming who does."""
         _make_directory(path)
+        strangers = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
+        if strangers and not (path / "journal.sqlite").is_file():
+            raise ConfigError(
+                f"{path} is no coordinator's state directory and not empty (it has {strangers[0]}); "
+                "name another --state"
+            )
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

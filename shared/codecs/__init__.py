@@ -6,7 +6,7 @@ and an anchor moves by `accumulate(raw, 1, anchor)`, the same arithmetic at the 
 
     codec   raw bytes/element   scale                    largest error of an element
     fp32    4                   –                        0
-    bf16    2                   –                        2⁻⁹ of it
+    bf16    2                   –                        2⁻⁸ of it
     fp16    2                   –                        2⁻¹¹ of it (beyond ±65504: clipped)
     int8    1 + 1/32            bf16 per block of 64     half a step, max|block|/127 (rounded up to bf16)
     int4    1/2 + 1/32          bf16 per block of 64     half a step, max|block|/7 (rounded up to bf16)
@@ -26,7 +26,8 @@ from shared.codecs.kernels import BLOCK, F32, U8, U16
 from shared.errors import FormatError
 
 _INFINITY_BITS = np.uint32(0x7F800000)
-_LARGEST_BF16_BITS = np.uint32(0x7F7F)
+_LARGEST_SCALE = np.finfo(np.float32).max / np.float32(128)
+"""Beyond any weight that training could survive, and small enough that no value or sum of values overflows."""
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
@@ -130,8 +131,10 @@ class _Blocks(Codec):
         if largest.size and largest.max() >= _INFINITY_BITS:
             raise ValueError("a value to encode is NaN or infinite")
         scale = largest.view(np.float32) / np.float32(self.levels)
-        bits = np.minimum((scale.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16), _LARGEST_BF16_BITS)
+        bits = (scale.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
         scale = (bits << np.uint32(16)).view(np.float32)
+        if scale.size and scale.max() > _LARGEST_SCALE:
+            raise ValueError(f"a value to encode is too large for {self.name}")
         usable = scale >= _SMALLEST_NORMAL
         bits[~usable] = 0
         inverse = np.zeros_like(scale)
@@ -148,7 +151,7 @@ class _Blocks(Codec):
             raise FormatError("a scale is NaN or infinite")
         if bool(np.signbit(scale).any()):
             raise FormatError("a scale is negative")
-        if scale.size and float(scale.max()) > float(np.finfo(np.float32).max) / 128:
+        if scale.size and scale.max() > _LARGEST_SCALE:
             raise FormatError("a scale is so large that its values overflow")
 
 

@@ -114,7 +114,7 @@ def accumulate_bf16(bits: U16, scratch: U32, values: F32, weight: np.float32, ac
 
 @_jit
 def square_sum(x: F32) -> float:
-    """Σ x² in double precision, in blocks so that no rounding builds up over a long vector."""
+    """Σ x² in double precision."""
     total = 0.0
     for i in range(x.size):
         total += np.float64(x[i]) * np.float64(x[i])

@@ -91,7 +91,6 @@ class FragmentView:
     counted_steps: int = 0
     in_flight: InFlight | None = None
     arrived: Arrived | None = None
-    fetching: bool = False
     complete: bool = False
 
 
@@ -145,7 +144,7 @@ class SiteCore:
                 continue
             if view.arrived is not None:
                 return Align(p, view.arrived.version, view.arrived.how)
-            if view.in_flight is not None or view.fetching:
+            if view.in_flight is not None:
                 return Wait(p)
             return Snapshot(p, view.version, self.tokens - view.counted_tokens, self.steps - view.counted_steps)
         return Step()
@@ -198,7 +197,7 @@ class SiteCore:
     def arrived(self, fragment: int, version: int, tokens: int, how: How, now: float) -> None:
         """A version is here."""
         view = self.fragments[fragment]
-        view.arrived, view.fetching = Arrived(version, tokens, how), False
+        view.arrived = Arrived(version, tokens, how)
         if view.in_flight is not None and how == "align":
             self.tempo.round_trip(now - view.in_flight.taken_at)
 

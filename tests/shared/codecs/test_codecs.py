@@ -213,8 +213,17 @@ def test_whatever_is_encoded_passes_the_check(name: str, x: F32) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_largest_finite_values_encode_to_what_passes_the_check(name: str) -> None:
-    x = np.array([np.finfo(np.float32).max, -np.finfo(np.float32).max, 1.0], np.float32)
+@pytest.mark.parametrize("largest", [np.finfo(np.float32).max, 2.0**123, 2.0**120])
+def test_what_encodes_at_all_passes_the_check(name: str, largest: float) -> None:
+    x = np.array([largest, -largest, 1.0], np.float32)
+    if name == "int4" and largest > 2.0**123:
+        with pytest.raises(ValueError, match="too large for int4"):
+            CODECS[name].encode(x)
+        return
+    if name == "int8" and largest == np.finfo(np.float32).max:
+        with pytest.raises(ValueError, match="too large for int8"):
+            CODECS[name].encode(x)
+        return
     raw = CODECS[name].encode(x)
     CODECS[name].check(raw, 3)
     assert np.isfinite(CODECS[name].decode(raw, 3)).all()

@@ -92,6 +92,7 @@ def test_block_maximum_shows_nan_and_infinity(bits: int, at: int) -> None:
 @given(x=any_finite())
 @quick
 def test_integer_encoding_has_the_bits_of_the_reference(name: str, x: F32) -> None:
+    x = np.clip(x, -1e36, 1e36)  # beyond, encoding refuses
     scale, q = reference.quantise(x, LEVELS[name])
     payload = q.view(np.uint8) if name == "int8" else reference.pack_int4(q)
     wanted = np.concatenate([(scale.view(np.uint32) >> 16).astype("<u2").view(np.uint8), payload])

@@ -196,16 +196,6 @@ def test_fragments_that_are_due_together_go_in_order() -> None:
     assert [take(core).fragment for _ in range(2)] == [2, 3]
 
 
-def test_a_due_fragment_that_is_being_fetched_is_waited_for() -> None:
-    core = site("unbounded", fragments=1, pace=1.0)
-    core.fragments[0].fetching = True
-    train(core)
-    assert core.next_action() == Wait(0)
-    core.arrived(0, 3, 0, "overwrite", now=0.0)
-    take_up(core)
-    assert core.next_action() == Snapshot(0, 3, 0, 0)
-
-
 # ---- what was refused, delivered before, or complete
 
 

@@ -1,0 +1,171 @@
+"""Deltas and snapshots: waited for, immutable, and what any cache can serve on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.fragments import digest_flat
+from shared.wire import blob_digest, open_container
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+
+
+def path(fragment: int, version: int, kind: str) -> str:
+    return f"/v1/fragments/{fragment}/versions/{version}/{kind}"
+
+
+async def merged(fleet: Any, versions: int = 1) -> Any:
+    """A site that has brought fragment 0 to that version."""
+    (site,) = await fleet.trains("eu")
+    for base in range(versions):
+        await site.contribute(0, base)
+        await site.published(0, base + 1)
+    return site
+
+
+async def test_a_waiting_site_gets_the_delta_as_soon_as_it_is_published(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    waiting = asyncio.create_task(site.published(0, 1))
+    while not fleet.coordinator.publication._news[0]._waiters:
+        await asyncio.sleep(0)
+    await site.contribute(0, 0)
+    answer = await waiting
+    with open_container(answer.body, fleet.coordinator.layout.fragments[0]) as delta:
+        assert (delta.header.kind, delta.header.version) == ("delta", 1)
+
+
+async def test_a_version_that_is_not_there_yet_is_told_with_the_newest(fleet: Any) -> None:
+    site = await merged(fleet)
+    for wait in ("0", "0.01"):
+        answer = await site.ask("GET", path(0, 2, "delta"), params={"wait": wait})
+        assert answer.is_problem(404, "not-published")
+        assert answer.json["version"] == 1
+    answer = await site.ask("GET", path(0, 2, "snapshot"))
+    assert answer.is_problem(404, "not-published")
+    assert answer.json["version"] == 1
+
+
+@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", "1e999", ""])
+async def test_a_wait_that_is_no_time_is_refused(fleet: Any, wait: str) -> None:
+    (site,) = await fleet.trains("eu")
+    assert (await site.ask("GET", path(0, 1, "delta"), params={"wait": wait})).is_problem(400, "bad-request")
+
+
+@pytest.mark.parametrize("kind", ["delta", "snapshot"])
+async def test_a_fragment_that_the_run_does_not_have_is_not_found(fleet: Any, kind: str) -> None:
+    (site,) = await fleet.trains("eu")
+    for fragment in (2, 999999999):
+        assert (await site.ask("GET", path(fragment, 0, kind))).is_problem(404, "not-found")
+
+
+async def test_snapshot_and_deltas_lead_to_the_same_bits(fleet: Any) -> None:
+    site = await merged(fleet, versions=2)
+    fragment = fleet.coordinator.layout.fragments[0]
+    anchor = fleet.coordinator.store.checkpoints(2).load(fleet.coordinator.store.checkpoints(2).entries(0)[0], fragment)
+    flat: Any = anchor.published
+    for version in (1, 2):
+        with open_container((await site.published(0, version)).body, fragment) as delta:
+            assert delta.header.base_version == version - 1
+            delta.add_to(flat)
+            assert digest_flat(flat, fragment.chunks()) == delta.header.digest
+    answer = await site.ask("GET", path(0, 2, "snapshot"))
+    with open_container(answer.body, fragment) as snapshot:
+        assert (snapshot.header.kind, snapshot.header.version, snapshot.header.codec) == ("snapshot", 2, "fp32")
+        assert snapshot.decode().tobytes() == np.asarray(flat).tobytes()
+    document = (await fleet.get("/v1/versions")).json
+    assert document["fragments"][0]["digest"] == digest_flat(flat, fragment.chunks())
+
+
+@pytest.mark.parametrize("kind", ["delta", "snapshot"])
+async def test_what_is_immutable_says_so_and_can_be_revalidated_and_resumed(fleet: Any, kind: str) -> None:
+    site = await merged(fleet)
+    whole = await site.ask("GET", path(0, 1, kind))
+    tag = whole.headers["ETag"]
+    assert whole.status == 200
+    assert whole.headers["Cache-Control"] == IMMUTABLE
+    assert whole.headers["Content-Type"] == "application/octet-stream"
+    assert (await site.ask("GET", path(0, 1, kind))).headers["ETag"] == tag
+
+    same = await site.ask("GET", path(0, 1, kind), headers={"If-None-Match": tag})
+    assert (same.status, same.body) == (304, b"")
+    assert same.headers["Cache-Control"] == IMMUTABLE
+    other = await site.ask("GET", path(0, 1, kind), headers={"If-None-Match": '"other"'})
+    assert (other.status, other.body) == (200, whole.body)
+
+    half = len(whole.body) // 2
+    first = await site.ask("GET", path(0, 1, kind), headers={"Range": f"bytes=0-{half - 1}"})
+    rest = await site.ask("GET", path(0, 1, kind), headers={"Range": f"bytes={half}-"})
+    assert (first.status, rest.status) == (206, 206)
+    assert first.headers["Content-Range"] == f"bytes 0-{half - 1}/{len(whole.body)}"
+    assert first.body + rest.body == whole.body
+    beyond = await site.ask("GET", path(0, 1, kind), headers={"Range": f"bytes={len(whole.body)}-"})
+    assert beyond.status == 416
+
+
+async def test_the_etag_of_a_delta_is_its_digest_and_that_of_a_snapshot_names_it(fleet: Any) -> None:
+    """A tag that changed with a file's time would make every cache fetch again after a restart."""
+    site = await merged(fleet)
+    delta = await site.ask("GET", path(0, 1, "delta"))
+    assert delta.headers["ETag"] == f'"{blob_digest(delta.body)}"'
+    snapshot = await site.ask("GET", path(0, 1, "snapshot"))
+    assert snapshot.headers["ETag"] == f'"{fleet.run}-p0-v1"'
+
+
+async def test_a_delta_that_is_no_longer_kept_sends_the_site_to_a_snapshot(serve: Any) -> None:
+    fleet = await serve(store={"checkpoint_versions": 1, "keep_versions": 1, "keep_checkpoints": 1})
+    site = await merged(fleet, versions=3)
+    for fragment in range(2):
+        async with fleet.coordinator._steady[fragment]:
+            pass  # the checkpoint of the newest version, and what it prunes
+    for version in (0, 1, 2):
+        answer = await site.ask("GET", path(0, version, "delta"))
+        assert answer.is_problem(410, "version-gone")
+        assert "snapshot" in answer.json["detail"]
+        assert answer.json["version"] == 3
+    assert (await site.ask("GET", path(0, 3, "delta"))).status == 200
+    assert (await site.ask("GET", path(0, 3, "snapshot"))).status == 200
+    held = [each for each in (fleet.state / "blobs").rglob("*") if each.is_file()]
+    assert len(held) == 1, "the newest delta; what was merged and checkpointed is gone"
+
+
+async def test_an_old_snapshot_stays_for_a_while_and_is_then_gone(fleet: Any) -> None:
+    site = await merged(fleet, versions=1)
+    assert (await site.ask("GET", path(0, 0, "snapshot"))).is_problem(410, "version-gone"), "nobody asked in time"
+    first = await site.ask("GET", path(0, 1, "snapshot"))
+    for base in (1, 2):
+        await site.contribute(0, base)
+        await site.published(0, base + 1)
+        await site.ask("GET", path(0, base + 1, "snapshot"))
+        again = await site.ask("GET", path(0, 1, "snapshot"))
+        if base == 1:
+            assert again.body == first.body
+        else:
+            assert again.is_problem(410, "version-gone")
+    assert len(list((fleet.state / "snapshots").iterdir())) == 2
+
+
+async def test_a_snapshot_that_the_disk_refuses_is_a_507_and_can_be_asked_again(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site,) = await fleet.trains("eu")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coordinator.publication.write_durably", full)
+        assert (await site.ask("GET", path(0, 0, "snapshot"))).is_problem(507, "storage")
+    assert (await site.ask("GET", path(0, 0, "snapshot"))).status == 200
+
+
+async def test_those_who_wait_are_sent_away_when_the_coordinator_stops(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    waiting = asyncio.create_task(site.ask("GET", path(0, 1, "delta"), params={"wait": "60"}))
+    while not fleet.coordinator.publication._news[0]._waiters:
+        await asyncio.sleep(0)
+    fleet.coordinator.publication.close()
+    assert (await waiting).is_problem(404, "not-published")
