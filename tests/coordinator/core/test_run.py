@@ -69,7 +69,7 @@ def test_training_starts_once_enough_sites_are_ready() -> None:
     core.join("eu", "eu", 0.0)
     assert core.heartbeat("us", "us", READY, 1.0) == []
     assert not core.started
-    assert core.heartbeat("eu", "eu", READY, 2.0) == [StartRun(), SiteActive("eu", True), SiteActive("us", True)]
+    assert core.heartbeat("eu", "eu", READY, 2.0) == [StartRun(("eu", "us"))]
     assert core.started
 
 
@@ -345,6 +345,15 @@ def test_a_lost_evaluator_gives_way() -> None:
     assert core.take_evaluation("b", EVALUATION_LEASE_SECONDS), "its lease is over"
     core.leave("b", "b", EVALUATION_LEASE_SECONDS)
     assert core.take_evaluation("a", EVALUATION_LEASE_SECONDS), "or it has left"
+
+
+def test_the_last_weights_are_evaluated_however_few_tokens_they_add() -> None:
+    core = training("a", plan=replace(PLAN, fragments=1))
+    core.fragments[0].tokens = 999
+    core.evaluated(999)
+    assert not core.take_evaluation("a", 0.0)
+    assert core.published(0, 1, 1, 1.0) == [FinishRun()]
+    assert core.take_evaluation("a", 2.0)
 
 
 def test_nobody_evaluates_before_the_start() -> None:

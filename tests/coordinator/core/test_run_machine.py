@@ -44,9 +44,11 @@ class Schedule(RuleBasedStateMachine):
         assert not isinstance(decisions, Refusal)
         for decision in decisions:
             match decision:
-                case StartRun():
+                case StartRun(sites):
                     assert not self.started, "a run starts once"
+                    assert len(sites) >= self.plan.min_sites
                     self.started = True
+                    self.active.update({site: self.sessions[site] for site in sites})
                 case FinishRun():
                     assert not self.finished, "a run finishes once"
                     self.finished = True
@@ -210,5 +212,5 @@ class Schedule(RuleBasedStateMachine):
             assert self.core.complete(p) or len(state.open.sites) < (self.plan.policy.quorum or 1)
 
 
-Schedule.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+Schedule.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestAnySchedule = Schedule.TestCase

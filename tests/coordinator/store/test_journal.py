@@ -148,6 +148,24 @@ def test_a_join_under_a_new_session_takes_the_site_out_of_the_rounds(journal: Jo
         journal.site_active("a", True)
 
 
+def test_a_start_and_who_takes_part_in_it_are_one_fact(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for site in ("a", "b", "c"):
+        journal.site_joined(site, f"{site}-1")
+
+    def full(name: str) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_commit", full)
+        with pytest.raises(OSError, match="full"):
+            journal.start_run(["a", "b"])
+    assert journal.meta("started") is None
+    assert not any(site.active for site in journal.sites())
+    journal.start_run(["a", "b"])
+    assert journal.meta("started") == "1"
+    assert [(site.name, site.active) for site in journal.sites()] == [("a", True), ("b", True), ("c", False)]
+
+
 # ---- retention
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_a_reader_of_something_else_is_told_so_and_makes_nothing(tmp_path: Path)
 def test_a_path_that_cannot_be_a_directory_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="cannot be made: .*; name another --state"):
+        with pytest.raises(ConfigError, match=r"cannot be made: .*; name another --state"):
             StateDir.hold(path)
 
 
@@ -193,37 +194,31 @@ def test_the_config_of_a_directory_without_a_run_is_told_in_one_sentence(tmp_pat
         store.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hold() empties any `uploads`, adopt_run() any `checkpoints`, whoever's they are"
-)
-def test_a_directory_that_is_somebody_elses_is_not_emptied(tmp_path: Path) -> None:
+def test_a_directory_that_is_somebody_elses_is_refused_and_left_alone(tmp_path: Path) -> None:
     for name in ("uploads", "checkpoints"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "holiday.jpg").write_bytes(b"precious")
-    try:
+    with pytest.raises(ConfigError, match=r"no coordinator's state directory and not empty \(it has checkpoints\)"):
         adopted(tmp_path, config())
-    except ConfigError:
-        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "holiday.jpg", "holiday.jpg", "uploads"]
+
+
+@pytest.mark.xfail(strict=True, reason="`token add` puts a journal there, and the next hold() empties `uploads`")
+def test_a_token_in_somebody_elses_directory_does_not_empty_it(tmp_path: Path) -> None:
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "holiday.jpg").write_bytes(b"precious")
+    with contextlib.suppress(ConfigError):
+        StateDir(tmp_path).close()  # as `token add` opens it
+    with contextlib.suppress(ConfigError):
+        adopted(tmp_path, config())
     assert (tmp_path / "uploads" / "holiday.jpg").exists()
-    assert (tmp_path / "checkpoints" / "holiday.jpg").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="without its journal a directory is adopted by a new run, its checkpoints dropped"
-)
 def test_checkpoints_are_not_dropped_where_the_journal_is_missing(tmp_path: Path) -> None:
     adopted(tmp_path, config())
-    store = StateDir(tmp_path, read_only=True)
-    entry = store.checkpoints(2).entries(0)[0]
-    state = store.checkpoints(2).load(entry, LAYOUT.fragments[0])
-    state.version = 16
-    state.digest = state.digests()[0]
-    store.checkpoints(2).save(state)
-    store.close()
     for file in tmp_path.glob("journal.sqlite*"):
         file.unlink()
-    try:
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+    with pytest.raises(ConfigError, match="not empty"):
         adopted(tmp_path, config())
-    except IsthmusError:
-        pass
-    assert (tmp_path / "checkpoints" / "p0000-v000000016.safetensors").exists()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}

@@ -1,0 +1,110 @@
+"""What only real processes can show: kill -9, Ctrl-C, and the demo from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from site_agent.agent import Agent
+from tests.support.live import live, run_config, site_config, train
+from tests.support.processes import free_port, get, processes_in, start, until
+
+TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(2000))
+
+
+def write_run(directory: Path) -> dict[str, dict[str, Any]]:
+    """A full-quorum run with a fixed course, as tables and as `run.toml` in `directory`."""
+    (directory / "text.txt").write_text(TEXT, encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "killed", "tokens": 60_000, "min_sites": 2},
+        "task": {
+            "use": "byte-lm",
+            "paths": str(directory / "text.txt"),
+            "context": 16,
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+        },
+        "inner": {"lr": 3e-3, "steps": 8, "batch_size": 8},
+        "rounds": {"fragments": 2, "overlap_steps": 2, "pacing": "equal-steps"},
+    }
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    (directory / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+    return tables
+
+
+def test_kill_9_of_the_coordinator_under_load_changes_no_bit(tmp_path: Path) -> None:
+    tables = write_run(tmp_path)
+    with live(run_config(tables), tmp_path / "calm") as served:
+        train(*(Agent(site_config(name, served.url, tmp_path / "calm-sites")) for name in ("a", "b")))
+        undisturbed = served.digests()
+
+    port, log = free_port(), tmp_path / "coordinator.log"
+    url = f"http://127.0.0.1:{port}"
+    serve = ["coordinator", "serve", "run.toml", "--state", "state", "--port", str(port), "--insecure"]
+
+    def versions() -> int:
+        document = get(f"{url}/v1/versions")
+        return sum(f["version"] for f in document["fragments"]) if document else -1
+
+    coordinator = start(serve, tmp_path, log)
+    try:
+        until("a coordinator", lambda: versions() == 0)
+        agents = [Agent(site_config(name, url, tmp_path / "sites", devices={"throttle": 0.2})) for name in ("a", "b")]
+        training = threading.Thread(target=train, args=agents)
+        training.start()
+        for reached in (5, 20, 40):
+            until(f"version {reached}", lambda reached=reached: versions() >= reached)
+            os.kill(coordinator.pid, signal.SIGKILL)
+            coordinator.wait()
+            coordinator = start(serve, tmp_path, log)
+        training.join()
+        last = get(f"{url}/v1/versions")
+        coordinator.send_signal(signal.SIGTERM)
+        assert coordinator.wait() == 0
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+    assert [(f["version"], f["digest"]) for f in last["fragments"]] == undisturbed, log.read_text()
+    assert all(agent.courier.repairs == 0 for agent in agents)
+
+
+def test_ctrl_c_ends_every_process_of_the_demo_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    demo = start(["demo", "--minutes", "1"], tmp_path, tmp_path / "demo.log")
+    try:
+        until("coordinator and three sites", lambda: len(processes_in(tmp_path / "tmp")) == 4)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait() == 130, (tmp_path / "demo.log").read_text()
+    finally:
+        demo.kill()
+        demo.wait()
+    assert processes_in(tmp_path / "tmp") == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_demo_trains_for_real(tmp_path: Path) -> None:
+    demo = start(["demo", "--minutes", "0.3", "--json", "demo.json"], tmp_path, tmp_path / "demo.log")
+    assert demo.wait() == 0, (tmp_path / "demo.log").read_text()
+    results = json.loads((tmp_path / "demo.json").read_text())
+    assert results["anchors_identical"] is True
+    assert results["eval_loss"] < 0.75 * results["initial_eval_loss"]
+    assert results["eval_loss"] < 1.1 * results["baseline_eval_loss"]
+    assert results["tokens"] > 20_000
+    assert results["outer_steps"] >= 8
+    assert 20 * (results["bytes_up"] + results["bytes_down"]) < results["data_parallel_bytes"]
+    assert [site["name"] for site in results["sites"]] == ["eu-west", "us-east", "ap-south"]
+    steps = [site["inner_steps"] for site in results["sites"]]
+    assert steps[0] > steps[1] > steps[2] > 0
+    assert all(site["bytes_up"] > 10_000 and site["bytes_down"] > 10_000 for site in results["sites"])
