@@ -95,7 +95,7 @@ def test_ctrl_c_ends_every_process_of_the_demo_and_leaves_nothing(
 
 
 def test_the_demo_trains_for_real(tmp_path: Path) -> None:
-    demo = start(["demo", "--minutes", "0.3", "--json", "demo.json"], tmp_path, tmp_path / "demo.log")
+    demo = start(["demo", "--minutes", "0.2", "--json", "demo.json"], tmp_path, tmp_path / "demo.log")
     assert demo.wait() == 0, (tmp_path / "demo.log").read_text()
     results = json.loads((tmp_path / "demo.json").read_text())
     assert results["anchors_identical"] is True

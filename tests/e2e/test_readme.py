@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, get, until
+from tests.support.processes import ROOT, free_port, get, until
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PORT = "8470"
@@ -42,7 +42,7 @@ def test_the_readmes_commands_work(tmp_path: Path, free_readme_port: str) -> Non
     run_toml, site_toml = blocks("toml")
     tokens_and_serve, site, watch = blocks("sh")[1:]
     assert "5_000_000" in run_toml
-    (tmp_path / "run.toml").write_text(run_toml.replace("5_000_000", "30_000"))
+    (tmp_path / "run.toml").write_text(run_toml.replace("5_000_000", "12_000"))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "text.txt").write_text(TEXT)
     for name in ("eu-west", "us-east"):
@@ -86,8 +86,6 @@ def test_the_readmes_commands_work(tmp_path: Path, free_readme_port: str) -> Non
 
 @pytest.fixture
 def free_readme_port() -> str:
-    from tests.support.processes import free_port
-
     return str(free_port())
 
 
