@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -120,10 +121,10 @@ def _get(url: str) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             document = json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ValueError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (urllib.error.URLError, http.client.HTTPException, ValueError, OSError) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split())
         raise FaultError(f"no coordinator answers at {url}: {reason}; name its address with --url") from None
-    if not isinstance(document, dict) or "run" not in document:
+    if not isinstance(document, dict) or not {"run", "sites", "fragments", "tokens_budget"} <= document.keys():
         raise FaultError(f"what answers at {url} is not a coordinator; name its address with --url")
     return document
 

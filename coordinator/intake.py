@@ -6,11 +6,10 @@ journal row is committed, and only then is the contribution acknowledged. Every 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-
-import numpy as np
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import Decision, Refusal, RunCore
@@ -26,6 +25,9 @@ from shared.codecs.kernels import square_sum
 from shared.errors import FormatError
 from shared.protocol import PART_BYTES, Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
+
+LARGEST_NORM = 1e18
+"""A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Intake:
         self._carry_out = carry_out
         self._run, self._layout = store.run_id, store.layout
         self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
+        self._turns: dict[str, asyncio.Lock] = {}
         self._uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2)
 
     @property
@@ -95,8 +98,7 @@ class Intake:
         _, size = upload.part_range(part)
         if len(data) != size:
             raise Refused(Code.BAD_REQUEST, f"part {part} has {len(data)} bytes and must have {size}")
-        if part not in upload.parts:
-            await self._spool(upload, part, data)
+        await self._spool(upload, part, data)
 
     async def commit(self, site: str, id_: str) -> Outcome:
         """Accepts or refuses a finished upload; may be asked again, and then answers the same."""
@@ -107,6 +109,7 @@ class Intake:
         async with upload.lock:
             if (held := self._holding(upload.opening, id_)) is not None:
                 return Outcome(accepted=True, version=held)
+            self._require_open(upload)
             if not upload.complete:
                 raise Refused(Code.INCOMPLETE, f"{len(upload.parts)} of {upload.part_count} parts are here")
             try:
@@ -123,10 +126,15 @@ class Intake:
             raise Refused(Code.MALFORMED, str(error)) from error
         except OSError as error:
             raise self._workers.storage_refusal(error) from error
-        # Looked at again: the screening took time, in which the round may have closed or the site have gone.
-        if (held := self._holding(opening, upload.id)) is not None:
-            return Outcome(accepted=True, version=held)
-        header = screened.header
+        # One at a time for each site, and looked at again: while it was screened the round may have closed, the site
+        # have gone, or another contribution from the same base have come in.
+        async with self._turns.setdefault(opening.site, asyncio.Lock()):
+            if (held := self._holding(opening, upload.id)) is not None:
+                return Outcome(accepted=True, version=held)
+            return await self._acknowledge(upload, screened)
+
+    async def _acknowledge(self, upload: SpooledUpload, screened: Screened) -> Outcome:
+        opening, header = upload.opening, screened.header
         contribution = Contribution(
             upload.id, opening.site, opening.fragment, opening.base_version, header.tokens, header.steps
         )
@@ -158,8 +166,8 @@ class Intake:
                     "was published; take a snapshot",
                 )
             squares = sum(square_sum(values) for values in container.screened())
-        if not np.isfinite(squares):
-            raise FormatError("its values overflow")
+        if not squares <= LARGEST_NORM**2:
+            raise FormatError(f"its norm is beyond {LARGEST_NORM:g}, which no training survives")
         return Screened(header, float(squares) ** 0.5)
 
     def _holding(self, opening: OpenUpload, id_: str) -> int | None:
@@ -179,9 +187,18 @@ class Intake:
         upload.touched = self._clock()
         return upload
 
+    def _require_open(self, upload: SpooledUpload) -> None:
+        """An upload that was waited for may have been committed or dropped meanwhile. Raises Refused."""
+        if self._uploads.get(upload.id) is not upload:
+            raise Refused(Code.UNKNOWN_UPLOAD, f"upload {upload.id} is no longer open; open it again")
+
     async def _spool(self, upload: SpooledUpload, part: int, data: bytes) -> None:
-        try:
-            await self._workers.on(self._workers.screeners, upload.write, part, data)
-        except OSError as error:
-            raise self._workers.storage_refusal(error) from error
-        upload.parts.add(part)
+        """Writes a part that is not here yet."""
+        async with upload.lock:
+            if part in upload.parts or self._uploads.get(upload.id) is not upload:
+                return
+            try:
+                await self._workers.on(self._workers.screeners, upload.write, part, data)
+            except OSError as error:
+                raise self._workers.storage_refusal(error) from error
+            upload.parts.add(part)

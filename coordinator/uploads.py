@@ -26,7 +26,8 @@ def upload_id(opening: OpenUpload) -> str:
 
 @dataclass
 class SpooledUpload:
-    """One upload. `lock` makes commits of it take turns."""
+    """One upload. Under its `lock` parts are written and the whole is committed, one at a time, so that what was
+    screened is what is merged."""
 
     id: str
     opening: OpenUpload
@@ -76,6 +77,7 @@ class Uploads:
             self._drop_idle(opening.site, now)
             upload = SpooledUpload(id_, opening, self.directory / id_, now)
             self._open[id_] = upload
+        upload.opening = opening  # the newest session of the site may go on with what an earlier one began
         upload.touched = now
         return upload
 

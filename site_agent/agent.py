@@ -106,6 +106,7 @@ class Agent:
         self._evaluating: Future[None] | None = None
         self._saving: Future[None] | None = None
         self._loss: float | None = None
+        self._training = False
 
     # -- life
 
@@ -124,9 +125,18 @@ class Agent:
                 exporter.server_close()
 
     def stop_on_signals(self) -> None:
-        """Makes SIGTERM and SIGINT end `run` with Stopped, after a clean leave."""
+        """Makes SIGTERM and SIGINT end `run` with Stopped, after a clean leave.
+
+        Training is interrupted between steps, so that what it saves is whole; before it, there is nothing to save.
+        """
+
+        def stop(number: int, _frame: object) -> None:
+            if not self._training:
+                raise Stopped(number)
+            self.courier.events.put(Stop(number))
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, _frame: self.courier.events.put(Stop(received)))
+            signal.signal(number, stop)
 
     def _prepare(self, joined: Joined) -> None:
         """Everything before the first inner step: model, data, speed, weights, the order to start."""
@@ -239,6 +249,7 @@ class Agent:
     def _train(self) -> None:
         """Does what the core says until it is done. Raises Stopped."""
         core = self.core
+        self._training = True
         self.ledger = Ledger(self._clock())
         self._saved_at = self._clock()
         self._report()
@@ -339,7 +350,7 @@ class Agent:
     def _obey(self, orders: Orders) -> None:
         before, self._orders = self._orders, orders
         self.metrics.pace.set(orders.pace)
-        if not hasattr(self, "core"):
+        if not self._training:
             return
         self.core.pace = orders.pace
         if orders.shard != before.shard:
@@ -406,7 +417,7 @@ class Agent:
         )
 
     def _save_before_leaving(self) -> None:
-        if not hasattr(self, "stream"):
+        if not self._training:
             return
         try:
             if self._saving is not None:

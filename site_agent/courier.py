@@ -200,9 +200,10 @@ class Courier:
         return self._joined
 
     async def _end(self) -> None:
-        for task in list(self._jobs):
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
             task.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)
         try:
             if self._session:
                 # A last report, so that the books close on what was really done.

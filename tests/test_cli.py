@@ -296,7 +296,6 @@ def test_an_export_of_a_run_works_and_one_that_cannot_be_written_is_told(here: P
     assert contents(served) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a state directory that has tokens and no run yet: pydantic traceback")
 def test_an_export_of_a_directory_without_a_run_is_told(here: Path) -> None:
     isthmus("coordinator", "token", "add", "eu", "--state", here / "state")
     ended = isthmus("coordinator", "export", here / "state", here / "out.safetensors")
@@ -380,18 +379,15 @@ def test_the_status_of_a_server_that_refuses_is_a_fault() -> None:
     gc.collect()  # urllib's error holds the connection, and nobody closes it: a matter of this test, not of the next
 
 
-@pytest.mark.xfail(strict=True, reason="http.client.InvalidURL is no OSError: a traceback")
 def test_the_status_of_a_port_that_is_no_number_is_a_fault() -> None:
     assert_one_sentence(isthmus("coordinator", "status", "--url", "http://127.0.0.1:http"), 4, "--url")
 
 
-@pytest.mark.xfail(strict=True, reason="http.client.BadStatusLine is no OSError: a traceback")
 def test_the_status_of_a_server_that_does_not_speak_http_is_a_fault() -> None:
     with answering(b"SSH-2.0-OpenSSH_9.6\r\n") as port:
         assert_one_sentence(isthmus("coordinator", "status", "--url", f"http://127.0.0.1:{port}"), 4, "--url")
 
 
-@pytest.mark.xfail(strict=True, reason="a document with a run and nothing else: KeyError, a traceback")
 def test_the_status_of_another_program_that_has_runs_is_a_fault() -> None:
     with answering(http(json.dumps({"run": "of another kind"}).encode())) as port:
         assert_one_sentence(isthmus("coordinator", "status", "--url", f"http://127.0.0.1:{port}"), 4, "--url")

@@ -38,6 +38,14 @@ EVENTS_SECONDS = 1.0
 DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
 
 
+class _Tagged(web.FileResponse):
+    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change when it is rewritten."""
+
+    def __init__(self, path: Path, headers: dict[str, str]) -> None:
+        super().__init__(path, headers=headers)
+        self.tag = headers["ETag"]
+
+
 class Api:
     """Request handlers over one coordinator. `insecure` takes a site at its word and is for loopback only."""
 
@@ -51,7 +59,7 @@ class Api:
             middlewares=[problems(c.metrics, lambda: c.core.roster)],
             client_max_size=PART_BYTES + MESSAGE_BYTES,
         )
-        app.on_response_prepare.append(self._count_out)
+        app.on_response_prepare.append(self._before_answer)
         fragment = "/v1/fragments/{fragment:[0-9]{1,9}}/versions/{version:[0-9]{1,15}}"
         app.add_routes(
             [
@@ -203,11 +211,15 @@ class Api:
         if (request.content_length or 0) > limit:
             raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
         body = bytearray()
-        async for piece in request.content.iter_any():
-            body += piece
-            if len(body) > limit:
-                raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
-            self._coordinator.core.bytes_arrived(site, self._coordinator.clock())
+        try:
+            async for piece in request.content.iter_any():
+                body += piece
+                if len(body) > limit:
+                    raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
+                self._coordinator.core.bytes_arrived(site, self._coordinator.clock())
+        except web.RequestPayloadError as error:
+            reason = " ".join(str(error).split())
+            raise Refused(Code.BAD_REQUEST, f"the body cannot be read: {reason}") from error
         if site in self._coordinator.core.roster:
             self._coordinator.metrics.bytes_in.labels(site).inc(len(body))
         return bytes(body)
@@ -221,9 +233,11 @@ class Api:
         }
         if f'"{digest}"' in request.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
-        return web.FileResponse(path, headers=headers)
+        return _Tagged(path, headers=headers)
 
-    async def _count_out(self, request: web.Request, response: web.StreamResponse) -> None:
+    async def _before_answer(self, request: web.Request, response: web.StreamResponse) -> None:
+        if isinstance(response, _Tagged):
+            response.headers["ETag"] = response.tag
         site = request.headers.get(SITE_HEADER, "")
         if site in self._coordinator.core.roster and response.content_length:
             self._coordinator.metrics.bytes_out.labels(site).inc(response.content_length)

@@ -85,6 +85,10 @@ def problems(metrics: Metrics, known_sites: Callable[[], set[str]]) -> Callable[
             log.warning(
                 "refused %s %s of %r: %s (%s)", request.method, request.path, claimed[:64], refused, refused.code
             )
-        return problem(refused)
+        answer = problem(refused)
+        if not request.content.at_eof():
+            # What is left of the body would be taken for the next request.
+            answer.force_close()
+        return answer
 
     return middleware

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -55,6 +56,7 @@ class Checkpoints:
             "master_digest": master,
             "momentum_digest": momentum,
         }
+        metadata["metadata_digest"] = _digest(metadata)
         tensors = {"master": state.master, "momentum": state.momentum, "published": state.published}
         self.directory.mkdir(parents=True, exist_ok=True)
         write_durably(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
@@ -75,6 +77,8 @@ class Checkpoints:
                 arrays = {name: file.get_tensor(name) for name in ("master", "momentum", "published")}
         except (OSError, SafetensorError) as error:
             raise CorruptError(f"checkpoint {path} cannot be read: {error}") from None
+        if metadata.pop("metadata_digest", None) != _digest(metadata):
+            raise CorruptError(f"checkpoint {path} is corrupt: its metadata does not match its digest")
         if any(a.dtype != np.float32 or a.shape != (fragment.size,) for a in arrays.values()):
             raise CorruptError(f"checkpoint {path} does not have the shape of fragment {fragment.index}")
         try:
@@ -105,6 +109,10 @@ class Checkpoints:
             return [Entry(int(e["fragment"]), int(e["version"]), str(e["file"])) for e in listing["checkpoints"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"manifest {path} is corrupt: {error}; restore it from a backup") from None
+
+
+def _digest(metadata: dict[str, str]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(metadata, sort_keys=True).encode())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -324,8 +324,9 @@ class Journal:
         except sqlite3.OperationalError as error:
             raise OSError(f"journal {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
+            reason = " ".join(str(error).split())
             raise CorruptError(
-                f"journal {self.path} is corrupt ({error}); restore the state directory from a backup"
+                f"journal {self.path} is corrupt ({reason}); restore the state directory from a backup"
             ) from error
 
     @contextmanager

@@ -46,12 +46,6 @@ class StateDir:
     def hold(cls, path: Path) -> StateDir:
         """Opens `path` for a coordinator: no other may hold it. Raises ConfigError naming who does."""
         _make_directory(path)
-        strangers = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
-        if strangers and not (path / "journal.sqlite").is_file():
-            raise ConfigError(
-                f"{path} is no coordinator's state directory and not empty (it has {strangers[0]}); "
-                "name another --state"
-            )
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +58,11 @@ class StateDir:
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
-        state = cls(path)
+        try:
+            state = cls(path)
+        except BaseException:
+            os.close(descriptor)
+            raise
         state._lock = descriptor
         for directory in (state.blobs.directory, state.snapshots):
             directory.mkdir(exist_ok=True)
@@ -87,7 +85,8 @@ class StateDir:
 
     @property
     def config(self) -> RunConfig:
-        """The run's config as it was last served."""
+        """The run's config as it was last served. Raises ConfigError where there is no run yet."""
+        _ = self.run_id
         return RunConfig.model_validate_json(self.journal.meta("config") or "null", context="received")
 
     @property
@@ -158,7 +157,13 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _make_directory(path: Path) -> None:
+    """Makes the directory, or makes sure that it is ours: parts of it are emptied at each start."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"state directory {path} cannot be made: {error.strerror}; name another --state") from None
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
+    if strangers and not (path / "journal.sqlite").is_file():
+        raise ConfigError(
+            f"{path} is no coordinator's state directory and not empty (it has {strangers[0]}); name another --state"
+        )

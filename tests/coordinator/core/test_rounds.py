@@ -163,7 +163,7 @@ def test_the_weighted_mean_of_the_recipe_is_seven_thirds() -> None:
 
 
 def test_tokens_squared_per_step_favours_many_tokens_a_step() -> None:
-    sent = [contribution("a", tokens=10, steps=2), contribution("b", tokens=10, steps=1)]  # 50 : 100
+    sent = [contribution("a", tokens=10, steps=1), contribution("b", tokens=20, steps=2)]  # 100 : 200
     assert weights(sent, "tokens2-per-step") == [1 / 3, 2 / 3]
     unstepped = [contribution("a", tokens=10, steps=0), contribution("b", tokens=10, steps=1)]
     assert weights(unstepped, "tokens2-per-step") == [0.5, 0.5]

@@ -230,7 +230,6 @@ def test_a_damaged_page_is_found_when_the_journal_is_opened(journal: Journal) ->
         Journal(journal.path)
 
 
-@pytest.mark.xfail(strict=True, reason="what SQLite says of a damaged page has a line break in it")
 def test_a_damaged_page_is_told_in_one_sentence(journal: Journal) -> None:
     damage_a_page(journal)
     with pytest.raises(CorruptError) as caught:
