@@ -39,7 +39,7 @@ DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
 
 
 class _Tagged(web.FileResponse):
-    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change when it is rewritten."""
+    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change with a rewrite."""
 
     def __init__(self, path: Path, headers: dict[str, str]) -> None:
         super().__init__(path, headers=headers)
