@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import resource
 import signal
 import ssl
 from dataclasses import dataclass
@@ -66,10 +67,12 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
     """Serves until SIGTERM or SIGINT. Raises ConfigError, CorruptError, OSError, and what `failure` holds."""
     listen.check()
     tls = listen.ssl_context()
+    _allow_many_files()
+    coordinator = await Coordinator.open(config, state, base)
+    # From here on a stop is graceful. Before, a signal just ends the process: recovery can be broken off anywhere.
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    coordinator = await Coordinator.open(config, state, base)
     api = Api(coordinator, insecure=listen.insecure)
     runner = web.AppRunner(api.app(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handle_signals=False)
     try:
@@ -81,7 +84,8 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
             raise _cannot_listen(listen, error) from None
         await coordinator.start()
         port = runner.addresses[0][1]
-        log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", listen.host, port)
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", host, port)
         stop = asyncio.create_task(stopped.wait())
         ends: set[asyncio.Future[Any]] = {stop, coordinator.failure}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -94,6 +98,12 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
         coordinator.publication.close()
         await runner.cleanup()
         await coordinator.stop()
+
+
+def _allow_many_files() -> None:
+    """A merge holds one file open for each contribution, so take all that the system grants."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _cannot_listen(listen: Listen, error: OSError) -> ConfigError:

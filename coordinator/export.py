@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +23,18 @@ from shared.fragments import F32
 from shared.task import load_task
 
 
-def read_states(path: Path) -> tuple[RunConfig, str, list[OuterState]]:
-    """The run's config, its id, and every fragment's state, rebuilt from checkpoints and journal without a write.
+@dataclass(frozen=True)
+class Stored:
+    """A run as its state directory holds it; `base` is where its config's relative paths count from."""
+
+    config: RunConfig
+    run_id: str
+    base: Path
+    states: list[OuterState]
+
+
+def read_states(path: Path) -> Stored:
+    """The run, with every fragment's state rebuilt from checkpoints and journal, without a write.
 
     Raises ConfigError, CorruptError, OSError.
     """
@@ -35,7 +46,7 @@ def read_states(path: Path) -> tuple[RunConfig, str, list[OuterState]]:
             states = recover(
                 store.layout, store.journal, store.blobs, checkpoints, store.run_id, pool, _leave_unpublished
             )
-        return config, store.run_id, states
+        return Stored(config, store.run_id, store.base, states)
     finally:
         store.close()
 
@@ -54,7 +65,8 @@ def named_weights(states: list[OuterState], *, published: bool) -> dict[str, F32
 
 def export(path: Path, out: Path, form: Literal["safetensors", "hf"], *, published: bool) -> str:
     """Writes the weights to `out` (a file; for `hf` a directory) and says in one line what they are."""
-    config, run, states = read_states(path)
+    stored = read_states(path)
+    config, run, states = stored.config, stored.run_id, stored.states
     weights = named_weights(states, published=published)
     versions = [state.version for state in states]
     metadata = {
@@ -65,7 +77,7 @@ def export(path: Path, out: Path, form: Literal["safetensors", "hf"], *, publish
         "tokens": str(sum(state.tokens for state in states) // len(states)),
     }
     if form == "hf":
-        files = load_task(config.task.use, config.task.options()).hf_files()
+        files = load_task(config.task.use, config.task.options(), stored.base).hf_files()
         if files is None:
             raise ConfigError(f"task {config.task.use!r} has no Hugging Face form; use --format safetensors")
         _write(out / "model.safetensors", weights, metadata)

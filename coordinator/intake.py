@@ -61,11 +61,6 @@ class Intake:
         self._turns: dict[str, asyncio.Lock] = {}
         self._uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2)
 
-    @property
-    def largest(self) -> int:
-        """The largest contribution, in bytes, that any fragment can need."""
-        return max(self._bounds)
-
     async def open(self, site: str, message: OpenUpload) -> Upload:
         """Opens (or finds again) the upload of a contribution; one that brings its body is committed at once."""
         if message.site != site:
@@ -175,9 +170,12 @@ class Intake:
         p = opening.fragment
         verdict = self._core.offer(opening.site, opening.session, p, opening.base_version, id_)
         if isinstance(verdict, Refusal):
-            raise Refused(
-                verdict.code, verdict.detail, self._core.fragments[p].version if p < len(self._bounds) else None
-            )
+            newest = None
+            if p < len(self._bounds):
+                state = self._core.fragments[p]
+                # A finished fragment's last version may be in the making; a site can wait for it.
+                newest = state.merging or state.version if verdict.code is Code.RUN_FINISHED else state.version
+            raise Refused(verdict.code, verdict.detail, newest)
         return verdict
 
     def _upload(self, site: str, id_: str) -> SpooledUpload:

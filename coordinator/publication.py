@@ -44,6 +44,7 @@ class Publication:
         self._store, self._states, self._reader, self._workers = store, states, reader, workers
         self._zstd_level, self._clock = zstd_level, clock
         self._run = store.run_id
+        self._initial_digests = [store.initial_digest(p) for p in range(len(states))]
         self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
         self._news = [asyncio.Event() for _ in states]
         self._closed = False
@@ -62,7 +63,7 @@ class Publication:
     def digest(self, fragment: int, version: int) -> str | None:
         """The digest of a version, as long as the journal knows it."""
         if version == 0:
-            return self._store.initial_digest(fragment)
+            return self._initial_digests[fragment]
         round_ = self._reader.round(fragment, version)
         return None if round_ is None else round_.published_digest
 
@@ -72,7 +73,9 @@ class Publication:
         deadline = self._clock() + wait
         while version > (newest := self.newest[fragment].version):
             left = deadline - self._clock()
-            if left <= 0 or self._closed:
+            if self._closed:
+                raise Refused(Code.STOPPING, "the coordinator is stopping; ask again")
+            if left <= 0:
                 raise Refused(
                     Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}, not yet at {version}", newest
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from coordinator.core.membership import Report
 from coordinator.core.rounds import Policy
-from coordinator.core.run import CloseRound, Decision, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
+from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
 from coordinator.intake import Intake
 from coordinator.metrics import Metrics
 from coordinator.outer.step import OuterRule, OuterState, Stepped, warm_up
@@ -79,6 +79,8 @@ class Coordinator:
         self.clock: Callable[[], float] = time.monotonic
         self.reader = Journal(store.journal.path, read_only=True)
         self.evaluations = self.reader.evaluations()
+        if self.evaluations:
+            self.metrics.eval_loss.set(self.evaluations[-1][1])
         self.failure: asyncio.Future[None] = asyncio.Future()
         self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
         self.intake = Intake(
@@ -124,7 +126,7 @@ class Coordinator:
         decisions = self.core.restore(
             versions=[(published.version, published.tokens) for published in self.publication.newest],
             accepted=((s.contribution, s.merged) for s in self.reader.contributions(newest_of_each=True)),
-            roster=(site.name for site in sites if site.joined),
+            roster=(site.name for site in sites if site.enrolled),
             active=((site.name, site.session or "") for site in sites if site.active),
             started=self.reader.meta("started") == "1",
             evaluated=max((tokens for tokens, _ in self.evaluations), default=-1),
@@ -137,9 +139,11 @@ class Coordinator:
     async def stop(self) -> None:
         """Lets the merges and writes that are under way finish, then closes everything."""
         self.publication.close()
+        self.workers.closing.set()
         if self._timekeeper is not None:
             self._timekeeper.cancel()
-        await asyncio.gather(*self._merges, return_exceptions=True)
+        while self._merges:
+            await asyncio.gather(*self._merges, return_exceptions=True)
         await asyncio.to_thread(self.workers.shutdown)
         for journal in (self.reader, self._merge_reader):
             journal.close()
@@ -236,6 +240,8 @@ class Coordinator:
                         self.metrics.leases_lost.labels(site).inc()
                         log.warning("nothing was heard of site %s within its lease; rounds go on without it", site)
                     await durably(self.workers.writer, "a site's standing", journal.site_active, site, active)
+                case Enrol(site):
+                    await durably(self.workers.writer, "a site's enrolment", journal.enrol, site)
                 case CloseRound():
                     members = list(zip(decision.contributions, decision.weights, strict=True))
                     await durably(
@@ -318,7 +324,8 @@ class Coordinator:
             self.failure.set_exception(error)
 
     async def _evaluated(self, site: str, tokens: int, loss: float) -> None:
-        self.core.evaluated(tokens)
+        if not self.core.evaluated(site, tokens):
+            return
         await self.workers.write(self.store.journal.evaluate, site, tokens, loss, time.time())
         self.evaluations.append((tokens, loss))
         self.metrics.eval_loss.set(loss)
@@ -327,7 +334,8 @@ class Coordinator:
     def _orders(self, site: str) -> Orders:
         index, count = self.core.shard(site)
         pace = self.core.pace(site)
-        self.metrics.site_pace.labels(site).set(pace)
+        if pace is not None:
+            self.metrics.site_pace.labels(site).set(pace)
         return Orders(
             started=self.core.started,
             finished=self.core.finished,
@@ -348,7 +356,7 @@ def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Pat
 
         return initial_weights(config, base)
 
-    new = store.adopt_run(config, initial)
+    new = store.adopt_run(config, base, initial)
     warm_up()
 
     def publish(round_: StoredRound, stepped: Stepped) -> None:
@@ -357,6 +365,8 @@ def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Pat
     began = time.monotonic()
     checkpoints = store.checkpoints(config.store.keep_checkpoints)
     states = recover(store.layout, store.journal, store.blobs, checkpoints, store.run_id, workers.chunks, publish)
+    if strays := store.blobs.sweep(store.journal.needed_blobs()):
+        log.info("removed %d blobs that nothing names", strays)
     seconds, versions = time.monotonic() - began, [state.version for state in states]
     log.info("run %s: %s, versions %s, in %.2f s", store.run_id, "new" if new else "recovered", versions, seconds)
     return states

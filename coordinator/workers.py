@@ -7,6 +7,7 @@ needs a fragment's state to stand still; two screen uploads; the chunk pool serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from coordinator.metrics import Metrics
 from coordinator.refused import Refused
+from shared.errors import FaultError
 from shared.protocol import Code
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Workers:
         self.screeners = ThreadPoolExecutor(2, "screen")
         self.chunks = ThreadPoolExecutor(os.cpu_count() or 1, "chunks")
         self.storage_fault: str | None = None
+        self.closing = asyncio.Event()
         self.metrics = metrics
 
     async def on(self, pool: ThreadPoolExecutor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -40,22 +43,28 @@ class Workers:
     async def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A journal write for a request: where the disk refuses, so do we, and nothing was acknowledged."""
         try:
-            return await self.on(self.writer, function, *args, **kwargs)
+            result = await self.on(self.writer, function, *args, **kwargs)
         except OSError as error:
             raise self.storage_refusal(error) from error
+        self.storage_fault = None
+        return result
 
     async def durably(
         self, pool: ThreadPoolExecutor, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """A write that must happen for the run to go on: tried again until the disk takes it."""
+        """A write that must happen for the run to go on: tried again until the disk takes it, or `closing` is set; then
+        FaultError, and the next start does it."""
         pause = 0.5
         while True:
             try:
                 result = await self.on(pool, function, *args, **kwargs)
             except OSError as error:
                 self.storage_refusal(error)
+                if self.closing.is_set():
+                    raise FaultError(f"{what} was not written: {error}; the next start does it") from error
                 log.error("%s cannot be written: %s; trying again in %.1f s", what, error, pause)
-                await asyncio.sleep(pause)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.closing.wait(), pause)
                 pause = min(30.0, pause * 2)
             else:
                 self.storage_fault = None

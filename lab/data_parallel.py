@@ -37,9 +37,11 @@ class Result:
     seconds: float
 
 
-def train(config: RunConfig, sites: int, tokens: int, progress: Callable[[int], None] = lambda done: None) -> Result:
+def train(
+    config: RunConfig, base: Path, sites: int, tokens: int, progress: Callable[[int], None] = lambda done: None
+) -> Result:
     """Trains on at least `tokens` tokens with a global batch of `sites` times the site's batch."""
-    task = load_task(config.task.use, config.task.options())
+    task = load_task(config.task.use, config.task.options(), base)
     model = build_model(task, config.run.seed)
     inner, seed = config.inner, config.run.seed
     initial = held_out_loss(task, model, inner.batch_size)
@@ -87,7 +89,8 @@ def main() -> None:
     def report(done: int) -> None:
         print(done, file=sys.stderr, flush=True)
 
-    result = train(load_run(arguments.run), arguments.sites, arguments.tokens, report)
+    base = arguments.run.resolve().parent
+    result = train(load_run(arguments.run), base, arguments.sites, arguments.tokens, report)
     print(json.dumps(result.__dict__))
 
 

@@ -23,14 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from coordinator.export import export
 from lab.corpus import shakespeare
 from lab.display import progress_view, result_view
 from lab.fleet import Child, Fleet
 from lab.link import Link, LinkSettings
 from lab.measure import anchors_identical, training_speed
-from lab.sample import held_out_loss, load_model
+from lab.sample import held_out_loss, load_exported
 from shared.config import RunConfig, load_run
-from shared.errors import FaultError
+from shared.errors import ConfigError, FaultError
 
 RATE, RTT = 50e6 / 8, 0.080
 NAMES = ("eu-west", "us-east", "ap-south", "sa-east", "af-south", "eu-north", "us-west", "ap-east")
@@ -93,6 +94,9 @@ port = 0
 """
 
 
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 @dataclass(frozen=True)
 class SiteResult:
     """What one site did, and the bytes that crossed its link."""
@@ -138,6 +142,9 @@ def run_demo(sites: int, minutes: float, json_file: Path | None, port: int) -> N
     """Runs the demo and prints its table. Ctrl-C and SIGTERM end every process and leave nothing behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
+    if json_file is not None:
+        _require_writable(json_file)
+    port = _usable_port(port)
     with tempfile.TemporaryDirectory(prefix="isthmus-demo-") as directory, Fleet(Path(directory)) as fleet:
         results, text = asyncio.run(_demo(console, fleet, sites, minutes, port))
     console.print(result_view(results))
@@ -178,12 +185,14 @@ async def _demo(console: Console, fleet: Fleet, sites: int, minutes: float, port
 
 async def _train(console: Console, fleet: Fleet, config: RunConfig, throttles: list[float], port: int) -> Trained:
     """The federated run, from the coordinator's start to its end."""
-    port = port or _free_port()
     url, state = f"http://127.0.0.1:{port}", fleet.directory / "coordinator"
     coordinator = fleet.start(
         "coordinator",
         ["isthmus", "coordinator", "serve", "run.toml", "--state", str(state), "--port", str(port), "--insecure"],
     )
+    while await asyncio.to_thread(_status, url) is None:
+        fleet.check()
+        await asyncio.sleep(0.2)
     names, links = NAMES[: len(throttles)], []
     try:
         children = []
@@ -203,7 +212,9 @@ async def _train(console: Console, fleet: Fleet, config: RunConfig, throttles: l
         state, [fleet.directory / f"state-{name}" for name in names]
     )
     console.print("evaluating…")
-    _, task, model = load_model(state)
+    weights = fleet.directory / "weights.safetensors"
+    await asyncio.to_thread(export, state, weights, "safetensors", published=False)
+    task, model = load_exported(weights, config, fleet.directory)
     loss = held_out_loss(task, model, config.inner.batch_size)
     return Trained(
         eval_loss=loss if loss is not None else float("nan"),
@@ -211,14 +222,7 @@ async def _train(console: Console, fleet: Fleet, config: RunConfig, throttles: l
         outer_steps=status["outer_steps"],
         identical=identical,
         parameters=sum(fragment["parameters"] for fragment in status["fragments"]),
-        sites=[
-            SiteResult(
-                name, site["steps"], site["tokens"], round(site["training_share"], 4), link.bytes_up, link.bytes_down
-            )
-            for name, link in zip(names, links, strict=True)
-            for site in status["sites"]
-            if site["name"] == name
-        ],
+        sites=[_site_result(status, name, link) for name, link in zip(names, links, strict=True)],
         text=task.generate(model, PROMPT, 300, seed=0),
     )
 
@@ -275,18 +279,31 @@ def _write_run(path: Path, text: Path, sites: int, tokens: int) -> None:
 
 def _status(url: str) -> dict[str, Any] | None:
     try:
-        with urllib.request.urlopen(f"{url}/v1/status", timeout=5) as answer:
+        with _direct.open(f"{url}/v1/status", timeout=5) as answer:
             document: dict[str, Any] = json.load(answer)
     except (urllib.error.URLError, OSError, ValueError):
         return None
     return document
 
 
-def _free_port() -> int:
+def _usable_port(wanted: int) -> int:
+    """`wanted`, or any free one for 0. Raises ConfigError where it is taken."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            raise ConfigError(f"port {wanted} is in use by another program; name another --port") from None
         port: int = probe.getsockname()[1]
     return port
+
+
+def _require_writable(file: Path) -> None:
+    """Raises ConfigError now rather than after minutes of training."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            return
+    except OSError as error:
+        raise ConfigError(f"--json {file} cannot be written: {error.strerror}; name another file") from None
 
 
 def _cache() -> Path:

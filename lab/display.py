@@ -68,7 +68,8 @@ def result_view(results: Results) -> RenderableType:
             _bytes(site.bytes_up),
             _bytes(site.bytes_down),
         )
-    return Group(table, sites)
+    note = Text("Training includes the pauses that make a site as slow as it is meant to be.", style="dim")
+    return Group(table, sites, note)
 
 
 def _bytes(count: float) -> str:

@@ -15,6 +15,7 @@ from types import TracebackType
 from shared.errors import FaultError
 
 STOP_SECONDS = 10.0
+LOOPBACK = "127.0.0.1,localhost,::1"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,7 +47,8 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                # Loopback is never reached through a proxy, whatever the machine uses for the rest.
+                env={**os.environ, "NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK, **(env or {})},
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )

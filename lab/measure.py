@@ -36,13 +36,13 @@ def training_speed(config: RunConfig) -> float:
 def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
     """Whether every site's anchors, as its last local checkpoint holds them, are bit for bit the coordinator's
     published weights of the same version, by fresh digests of both."""
-    _, run, states = read_states(coordinator)
+    stored = read_states(coordinator)
     for site in sites:
-        saved = checkpoint.load_newest(site, run)
+        saved = checkpoint.load_newest(site, stored.run_id)
         if saved is None:
             return False
         tensors, manifest = saved
-        for p, (state, (version, *_)) in enumerate(zip(states, manifest["anchors"], strict=True)):
+        for p, (state, (version, *_)) in enumerate(zip(stored.states, manifest["anchors"], strict=True)):
             chunks, anchor = state.fragment.chunks(), tensors[f"anchor.{p}"].numpy()
             if version != state.version or digest_flat(anchor, chunks) != digest_flat(state.published, chunks):
                 return False

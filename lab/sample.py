@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from coordinator.export import read_states
 from shared.config import RunConfig
+from shared.errors import ConfigError
 from shared.fragments import Layout
 from shared.task import build_model, load_task
 from site_agent.training.trainer import evaluate, load_flat
@@ -17,12 +19,27 @@ from site_agent.training.trainer import evaluate, load_flat
 
 def load_model(state_dir: Path, *, published: bool = False) -> tuple[RunConfig, Any, nn.Module]:
     """(config, task, model) with the masters of a state directory, or with `published` what the sites hold."""
-    config, _, states = read_states(state_dir)
-    task = load_task(config.task.use, config.task.options())
+    stored = read_states(state_dir)
+    config = stored.config
+    task = load_task(config.task.use, config.task.options(), stored.base)
     model = build_model(task, config.run.seed)
-    layout = Layout(tuple(state.fragment for state in states))
-    load_flat(model, layout, (state.published if published else state.master for state in states))
+    layout = Layout(tuple(state.fragment for state in stored.states))
+    load_flat(model, layout, (state.published if published else state.master for state in stored.states))
     return config, task, model
+
+
+def load_exported(file: Path, config: RunConfig, base: Path) -> tuple[Any, nn.Module]:
+    """(task, model) with the weights of an exported safetensors file. Raises ConfigError where they do not fit."""
+    task = load_task(config.task.use, config.task.options(), base)
+    model = build_model(task, config.run.seed)
+    weights = load_file(file)
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise ConfigError(f"{file} does not hold the tensors of task {config.task.use!r}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return task, model
 
 
 def sample(state_dir: Path, prompt: str, tokens: int, seed: int) -> str:

@@ -227,16 +227,6 @@ class SiteConfig(_Table):
         """`name` as this file means it: relative to the file's own directory."""
         return (self.base / Path(name).expanduser()).resolve()
 
-    def data_options(self) -> dict[str, Any]:
-        """The `[data]` table with the option `paths` made absolute: it too counts from the file's directory."""
-        options = dict(self.data)
-        match options.get("paths"):
-            case str(one):
-                options["paths"] = str(self.path(one))
-            case list(many) if all(isinstance(each, str) for each in many):
-                options["paths"] = [str(self.path(each)) for each in many]
-        return options
-
 
 def load_run(path: Path) -> RunConfig:
     """The run config in the file `path`. Raises ConfigError that names file, key and what would do."""

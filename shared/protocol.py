@@ -93,12 +93,13 @@ class FragmentVersion(Message):
 
 
 class Orders(Message):
-    """What the coordinator wants of a site from now on; part of every answer on the control connection."""
+    """What the coordinator wants of a site from now on; part of every answer on the control connection. `pace` None: as
+    it was."""
 
     started: bool
     finished: bool
     sites: Annotated[int, Field(ge=1, le=10**6)]
-    pace: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+    pace: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None
     shard: ShardMessage
     tokens: Count
     evaluate: bool
@@ -167,12 +168,10 @@ class OpenUpload(Message):
 
 
 class Outcome(Message):
-    """What became of a contribution: accepted, and the version that will contain it."""
+    """What became of a contribution that was not refused: the version that will contain it."""
 
     accepted: bool
     version: Count
-    code: str = ""
-    detail: str = ""
 
 
 class Upload(Message):

@@ -81,7 +81,8 @@ _REQUIRED = ("build_model", "train_batches", "loss")
 
 
 def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) -> Any:
-    """The task named `use`, built with `options`. A relative file counts from `base`, then from the current directory.
+    """The task named `use`, built with `options`; relative paths count from `base` (a task's file, where it is not
+    there, from the current directory).
 
     Raises ConfigError when the name, the file or the class is not there, or the options do not fit.
     """
@@ -90,15 +91,41 @@ def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) ->
     missing = [name for name in _REQUIRED if name in abstract or not callable(getattr(cls, name, None))]
     if missing:
         raise ConfigError(f"[task] use: {use!r} lacks {', '.join(missing)}; see Task in shared/task.py")
-    return cls(options)
+    try:
+        return cls(_absolute(options, base or Path()))
+    except ConfigError:
+        raise
+    except Exception as error:  # a task's own code; its fault is told as such
+        raise ConfigError(f"[task] use: {use!r} does not take its options: {type(error).__name__}: {error}") from error
 
 
 def build_model(task: Any, seed: int) -> nn.Module:
-    """`task.build_model()` under `seed`, without disturbing the caller's random state."""
+    """`task.build_model()` under `seed`, without disturbing the caller's random state. Raises ConfigError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = task.build_model()
+        try:
+            model: nn.Module = task.build_model()
+        except ConfigError:
+            raise
+        except Exception as error:  # a task's own code; its fault is told as such
+            name = type(task).__name__
+            raise ConfigError(f"[task] use: {name}.build_model failed: {type(error).__name__}: {error}") from error
     return model
+
+
+def _absolute(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """The options with `paths` counted from `base`, the directory of the config file that they stand in."""
+
+    def absolute(path: str) -> str:
+        return str(base.resolve() / Path(path).expanduser())
+
+    resolved = dict(options)
+    match resolved.get("paths"):
+        case str(one) if one:
+            resolved["paths"] = absolute(one)
+        case list(many) if all(isinstance(each, str) for each in many):
+            resolved["paths"] = [absolute(each) for each in many]
+    return resolved
 
 
 def _from_entry_point(name: str) -> type:

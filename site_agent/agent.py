@@ -8,6 +8,7 @@ between steps only, so that a run with a fixed τ takes the same course however 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import queue
 import signal
@@ -23,7 +24,7 @@ import torch
 from shared.codecs import warm_up
 from shared.config import RunConfig, SiteConfig, received_run
 from shared.errors import FaultError, IsthmusError
-from shared.fragments import F32, Layout
+from shared.fragments import F32, Layout, digest_flat
 from shared.protocol import Evaluation, FragmentVersion, Joined, Orders, ShardMessage
 from shared.task import BatchStream, Shard, build_model, load_task
 from site_agent import checkpoint
@@ -33,8 +34,8 @@ from site_agent.courier import (
     Accepted,
     Anchor,
     ArrivedAnchor,
-    Completed,
     Courier,
+    DivergedError,
     Event,
     Failed,
     Ordered,
@@ -54,8 +55,9 @@ CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
 REPORT_STEPS = 50
 
 
-class Stopped(Exception):
-    """Somebody asked the agent to stop; `signal` is the number."""
+class Stopped(BaseException):
+    """Somebody asked the agent to stop; `signal` is the number. As with KeyboardInterrupt, no `except Exception` of a
+    task's code may swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -87,7 +89,7 @@ def credentials_of(config: SiteConfig) -> Credentials:
 def task_of(config: SiteConfig, run: RunConfig) -> Any:
     """The run's task as this machine has it: `[task] use` and `[data]` of the site override the run's."""
     use = config.task.use if config.task else run.task.use
-    return load_task(use, {**run.task.options(), **config.data_options()}, config.base)
+    return load_task(use, {**run.task.options(), **config.data}, config.base)
 
 
 class Agent:
@@ -117,6 +119,10 @@ class Agent:
             self._prepare(joined)
             self._train()
             log.info("the run is finished: %d steps, %d tokens here", self.core.steps, self.core.tokens)
+        except torch.OutOfMemoryError as error:
+            raise FaultError(
+                f"the device has too little memory: {str(error).splitlines()[0]}; lower [inner] batch_size"
+            ) from None
         finally:
             self.courier.close()
             self._background.shutdown(wait=True, cancel_futures=True)
@@ -166,9 +172,9 @@ class Agent:
             self._take_in(self.courier.events.get())
         self.settings = Settings(run.rounds.overlap_steps, run.run.tokens)
         if saved is None:
-            self._begin(anchors, seconds)
+            self._begin(anchors, seconds, joined.fragments)
         else:
-            self._resume(*saved, anchors, joined.fragments)
+            self._resume(*saved, anchors, seconds, joined.fragments)
 
     def _fetch_anchors(self, fragments: list[FragmentVersion]) -> list[Anchor]:
         """Every fragment's newest published version."""
@@ -183,25 +189,40 @@ class Agent:
                 self._take_in(event)
         return [found[p] for p in range(len(fragments))]
 
-    def _begin(self, anchors: list[Anchor], step_seconds: float) -> None:
-        """A site without a past in this run."""
+    def _begin(self, anchors: list[Anchor], step_seconds: float, now: list[FragmentVersion]) -> None:
+        """A site without a past in this run that it knows of."""
         torch.manual_seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
             self.trainer.write(p, anchor.flat)
         versions = [(anchor.version, anchor.tokens) for anchor in anchors]
-        self.core = SiteCore.begin(self.settings, versions, self._orders.pace, self._orders.sites)
+        pace = self._orders.pace or float(self.run_config.inner.steps)
+        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.sites)
         self.core.tempo.stepped(step_seconds)
         self.snapshots: dict[int, F32] = {}
         self.residuals: dict[int, F32] = {}
         self.arrivals: dict[int, Anchor] = {}
         self.stream = self._stream_of(self._orders)
+        for p, anchor in enumerate(anchors):
+            self._await_own(p, anchor, now[p].contributed)
+
+    def _await_own(self, p: int, newest: Anchor, contributed: int) -> None:
+        """Where a contribution of this site, from before it lost its memory, is in a round that is still open: the
+        version that will hold it is awaited like that of any other, because its base takes no second one."""
+        if contributed < newest.version:
+            return
+        self.snapshots[p] = newest.flat
+        self.core.fragments[p].in_flight = InFlight(
+            contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
+        )
+        self.courier.follow(p, newest, contributed + 1)
 
     def _resume(
         self,
         tensors: dict[str, torch.Tensor],
         manifest: dict[str, Any],
         newest: list[Anchor],
+        step_seconds: float,
         now: list[FragmentVersion],
     ) -> None:
         """Goes on from a local checkpoint. What it contributed after that checkpoint is in the published weights
@@ -213,7 +234,10 @@ class Agent:
         checkpoint.unpack_optimizer(self.trainer.optimizer, tensors, manifest["optimizer"])
         torch.set_rng_state(tensors["random"])
         self.core = core = checkpoint.unpack_core(manifest["core"], self.settings)
-        core.pace = self._orders.pace
+        core.pace = self._orders.pace or core.pace
+        core.tempo.stepped(step_seconds)
+        for view in core.fragments:
+            view.complete = view.progress.merged >= self.settings.budget
         self.anchors = [
             Anchor(version, digest, merged, tensors[f"anchor.{p}"].numpy())
             for p, (version, digest, merged) in enumerate(manifest["anchors"])
@@ -230,7 +254,11 @@ class Agent:
 
     def _resume_fragment(self, p: int, flight: InFlight | None, newest: Anchor, contributed: int) -> None:
         view, anchor = self.core.fragments[p], self.anchors[p]
-        if flight is not None and contributed <= flight.base_version:
+        sound = digest_flat(anchor.flat, self.layout.fragments[p].chunks()) == anchor.digest
+        if not sound:
+            log.error("fragment %d: the checkpoint's anchor is damaged; repaired from the published version", p)
+            self.courier.count_repair()
+        if sound and flight is not None and contributed <= flight.base_version:
             if flight.holding is not None:
                 self.courier.follow(p, anchor, flight.holding)
             else:
@@ -238,9 +266,12 @@ class Agent:
             return
         view.in_flight = None
         self.snapshots.pop(p, None)
-        if contributed >= anchor.version:
+        if contributed >= anchor.version or not sound:
+            # What was trained since is delivered (or unknown): the published weights take its place, at once.
             self.residuals.pop(p, None)
             self._arrive(p, newest, "overwrite")
+            self._align(p, "overwrite")
+            self._await_own(p, newest, contributed)
         elif newest.version > anchor.version:
             self._arrive(p, newest, "rebase")
 
@@ -273,6 +304,7 @@ class Agent:
                 case Wait():
                     began = self._clock()
                     self._report()
+                    self._save_if_due()
                     self._take_in(self.courier.events.get())
                     self.metrics.waited.inc(self._clock() - began)
 
@@ -291,8 +323,7 @@ class Agent:
         self._report()
         if core.steps % REPORT_STEPS == 0:
             log.info("step %d: loss %.4f, %.3f s a step", core.steps, self._loss, core.tempo.step_seconds)
-        if self._clock() - self._saved_at >= self.config.site.checkpoint_seconds:
-            self._save()
+        self._save_if_due()
 
     def _align(self, p: int, how: str) -> None:
         """Takes up the arrived version of fragment `p`."""
@@ -330,15 +361,14 @@ class Agent:
                     self.residuals[p] = residual
             case ArrivedAnchor(p, anchor, how):
                 self._arrive(p, anchor, how)
-            case Completed(p):
-                self.snapshots.pop(p, None)
-                self.core.completed(p)
             case Ordered(orders):
                 self._obey(orders)
             case Stop(number):
                 self._save_before_leaving()
                 raise Stopped(number)
             case Failed(error):
+                if not isinstance(error, DivergedError):
+                    self._save_before_leaving()
                 if isinstance(error, IsthmusError):
                     raise error
                 raise FaultError(f"the network side failed: {type(error).__name__}: {error}") from error
@@ -349,10 +379,12 @@ class Agent:
 
     def _obey(self, orders: Orders) -> None:
         before, self._orders = self._orders, orders
-        self.metrics.pace.set(orders.pace)
         if not self._training:
             return
-        self.core.pace = orders.pace
+        if orders.pace is not None:
+            self.core.pace = orders.pace
+            self.metrics.pace.set(orders.pace)
+        self.core.run_finished = orders.finished
         if orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)
@@ -406,8 +438,10 @@ class Agent:
             tokens = sum(anchor.tokens for anchor in anchors) // len(anchors)
             self.courier.evaluated(Evaluation(tokens=tokens, loss=loss))
 
-    def _save(self) -> None:
+    def _save_if_due(self) -> None:
         """Copies the state now and writes it in the background; a write that is still under way is left to finish."""
+        if self._clock() - self._saved_at < self.config.site.checkpoint_seconds:
+            return
         self._saved_at = self._clock()
         if self._saving is not None and not self._saving.done():
             return
@@ -443,7 +477,8 @@ class Agent:
             "shard": self._orders.shard.model_dump(mode="json"),
             "stream": self.stream.state_dict(),
         }
-        return tensors, manifest
+        # Through JSON and back: a copy, whatever live objects the task's stream gave.
+        return tensors, json.loads(json.dumps(manifest))
 
 
 def _told(work: Callable[..., None]) -> Callable[..., None]:

@@ -38,6 +38,10 @@ DELTAS_PER_SNAPSHOT = 4
 SNAPSHOT_TRIES = 8
 
 
+class DivergedError(FaultError):
+    """The weights are no longer finite; a checkpoint of them would be worth nothing."""
+
+
 @dataclass(frozen=True)
 class Anchor:
     """A published version at this site: fp32 (fragment.size,), never written to."""
@@ -77,13 +81,6 @@ class ArrivedAnchor:
 
 
 @dataclass(frozen=True)
-class Completed:
-    """The coordinator takes no more contributions to this fragment."""
-
-    fragment: int
-
-
-@dataclass(frozen=True)
 class Ordered:
     """New orders came with a heartbeat."""
 
@@ -118,7 +115,7 @@ class Report:
     loss: float | None = None
 
 
-Event = Accepted | ArrivedAnchor | Completed | Ordered | Failed | Stop
+Event = Accepted | ArrivedAnchor | Ordered | Failed | Stop
 
 
 class Courier:
@@ -165,6 +162,11 @@ class Courier:
         """Brings `version` or a newer one, by deltas from `anchor` where these are fewer bytes than a snapshot."""
         self._start(lambda: self._bring(fragment, anchor, version, how))
 
+    def count_repair(self) -> None:
+        """A version came out as other bits than it should, and was replaced."""
+        self.repairs += 1
+        self._metrics.repairs.inc()
+
     def evaluated(self, evaluation: Evaluation) -> None:
         """Reports an evaluation with the next heartbeat."""
         self._evaluation = evaluation
@@ -206,9 +208,10 @@ class Courier:
         await asyncio.gather(*under_way, return_exceptions=True)
         try:
             if self._session:
-                # A last report, so that the books close on what was really done.
-                await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
-                await self._link.leave(self._session, LEAVE_SECONDS)
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    # A last report, so that the books close on what was really done.
+                    await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
+                    await self._link.leave(self._session, LEAVE_SECONDS)
         finally:
             if hasattr(self, "_link"):
                 await self._link.__aexit__()
@@ -238,14 +241,15 @@ class Courier:
     async def _heartbeats(self) -> None:
         last: Orders | None = None
         while True:
-            report, evaluation = self.report, self._evaluation
+            report, evaluation, session = self.report, self._evaluation, self._session
             try:
                 orders = await self._link.heartbeat(self._heartbeat(report, evaluation))
             except Refusal as refusal:
                 self._metrics.refused.labels(refusal.code).inc()
-                if refusal.code != Code.NOT_A_MEMBER:
-                    raise
-                await self._rejoin(self._session)
+                if refusal.code == Code.NOT_A_MEMBER:
+                    await self._rejoin(session)
+                elif refusal.code != Code.SUPERSEDED or session == self._session:
+                    raise  # (superseded by itself: an upload found out first that the lease was lost)
                 continue
             self._metrics.connected.set(1)
             if evaluation is not None and evaluation is self._evaluation:
@@ -284,6 +288,8 @@ class Courier:
             joined = await self._link.join(_software())
             if joined.run != run:
                 raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
+            if joined.config != self._joined.config:
+                raise RefusedError("config-changed", "the run's config was changed; start this agent again")
             self._session = joined.session
 
     # -- contributions
@@ -321,7 +327,7 @@ class Courier:
                         version, residual = max(base + 1, newest), None
                         break
                     case Code.RUN_FINISHED:
-                        self.events.put(Completed(p))
+                        await self._bring(p, parcel.anchor, newest, "overwrite")
                         return
                     case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE:
                         log.warning("fragment %d is aligned anew: %s", p, refusal.detail)
@@ -360,21 +366,20 @@ class Courier:
         try:
             return encode_flat(header, fragment, delta, self._zstd_level, residual), residual
         except ValueError as error:
-            raise FaultError(
+            raise DivergedError(
                 f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
             ) from None
 
     # -- versions
 
     async def _bring(self, p: int, anchor: Anchor | None, version: int, how: How) -> None:
-        """Posts the anchor of `version`, or of a newer one where only that is to be had."""
-        if anchor is not None and version - anchor.version <= DELTAS_PER_SNAPSHOT:
-            arrived = await self._by_deltas(p, anchor, version)
-        else:
-            arrived = None
-        if arrived is None:
-            arrived = await self._by_snapshot(p, version)
-        self.events.put(ArrivedAnchor(p, arrived, how))
+        """Posts the anchor of `version`, waiting for it, or of a newer one where only that is to be had."""
+        if anchor is None or version - anchor.version > DELTAS_PER_SNAPSHOT:
+            anchor = await self._by_snapshot(p, version)
+        while anchor.version < version:
+            # A snapshot is of what is published; what is not published yet comes as deltas.
+            anchor = await self._by_deltas(p, anchor, version) or await self._by_snapshot(p, version)
+        self.events.put(ArrivedAnchor(p, anchor, how))
 
     async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
         """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
@@ -382,14 +387,13 @@ class Courier:
             try:
                 data = await self._link.delta(p, anchor.version + 1)
             except Refusal as refusal:
-                if refusal.code != Code.VERSION_GONE:
+                if refusal.code not in (Code.VERSION_GONE, Code.NOT_FOUND):
                     raise
                 return None
             try:
                 anchor = await asyncio.to_thread(self._apply, self._layout.fragments[p], anchor, data)
             except FormatError as error:
-                self.repairs += 1
-                self._metrics.repairs.inc()
+                self.count_repair()
                 log.error("fragment %d: %s; repaired from a snapshot", p, error)
                 return None
         return anchor
@@ -400,7 +404,7 @@ class Courier:
                 data = await self._link.snapshot(p, version)
                 return await asyncio.to_thread(self._apply, self._layout.fragments[p], None, data)
             except Refusal as refusal:
-                if refusal.code not in (Code.VERSION_GONE, Code.NOT_PUBLISHED):
+                if refusal.code not in (Code.VERSION_GONE, Code.NOT_PUBLISHED, Code.NOT_FOUND):
                     raise
                 # The version moved on while we asked, or is a moment away from being published.
                 version = refusal.version if refusal.version is not None else version

@@ -9,6 +9,7 @@ a connection pool of their own: a link that is full of tensors must not cost the
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import random
@@ -243,8 +244,10 @@ class Link:
     ) -> bytes:
         headers = {"Content-Type": MEDIA_TYPE} if body is not None else {}
         try:
+            # Wrapped, because aiohttp warns of large bodies that are plain bytes.
+            data_out = io.BytesIO(body) if body is not None else None
             async with session.request(
-                method, self.url + path, data=body, params=query, headers=headers, allow_redirects=False
+                method, self.url + path, data=data_out, params=query, headers=headers, allow_redirects=False
             ) as answer:
                 data = await answer.read()
                 self._counted(len(body or b""), len(data))
@@ -258,6 +261,8 @@ class Link:
             raise _Transient("no answer in time") from None
         except aiohttp.ClientConnectorCertificateError as error:
             raise ConfigError(f"the coordinator's certificate is not trusted: {error}; see [site] ca") from None
+        except aiohttp.InvalidURL:
+            raise ConfigError(f"[site] coordinator: {self.url} is not a URL that can be called") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Transient(str(error) or type(error).__name__) from None
 
@@ -288,7 +293,8 @@ def _problem(data: bytes, status: int) -> Refusal:
             str(document["code"]), str(document.get("detail", "")), version if isinstance(version, int) else None
         )
     except (ValueError, KeyError, TypeError, AttributeError):
-        return Refusal(Code.BAD_REQUEST, f"the answer was {status}, and not from a coordinator", None)
+        code = Code.NOT_FOUND if status == 404 else Code.BAD_REQUEST
+        return Refusal(code, f"the answer was {status}, and not from a coordinator", None)
 
 
 def _understood(kind: type[M], data: bytes, limit: int = 1 << 20) -> M:

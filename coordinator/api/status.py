@@ -78,7 +78,7 @@ def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
         "tokens": report.tokens,
         "step_seconds": report.step_seconds,
         "training_share": report.training_share,
-        "pace": round(c.core.pace(name), 2),
+        "pace": round(c.core.pace(name) or c.core.plan.steps, 2),
         "loss": report.loss,
         "anchor_repairs": report.repairs,
     }

@@ -60,11 +60,18 @@ class SiteActive:
 
 
 @dataclass(frozen=True)
+class Enrol:
+    """The site has shown that it can train: it gets a part of the data, now and for the rest of the run."""
+
+    site: str
+
+
+@dataclass(frozen=True)
 class FinishRun:
     """Every fragment has merged the token budget."""
 
 
-Decision = StartRun | CloseRound | SiteActive | FinishRun
+Decision = StartRun | CloseRound | SiteActive | Enrol | FinishRun
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class FragmentState:
     version: int = 0
     tokens: int = 0
     merging: int | None = None
+    merging_tokens: int = 0
     open: OpenRound = field(default_factory=OpenRound)
 
     @property
@@ -130,15 +138,15 @@ class RunCore:
                 self.fragments[contribution.fragment].open.add(contribution, self.plan.policy, now)
         for site, session in active:
             self.members.join(site, session, now, "training")
-        self.finished = all(self.complete(p) for p in range(self.plan.fragments))
-        return self._close_due(now)
+        closed = self._close_due(now)
+        self.finished = self._all_done()
+        return closed
 
     # -- events
 
     def join(self, site: str, session: str, now: float) -> list[Decision]:
         """A site joins, or joins again under a new session."""
         self.members.join(site, session, now)
-        self.roster.add(site)
         return [SiteActive(site, False), *self._close_due(now)]
 
     def heartbeat(self, site: str, session: str, report: Report, now: float) -> list[Decision] | Refusal:
@@ -151,6 +159,9 @@ class RunCore:
             report = replace(report, state="training")
         self.members.live[site].report = self.reports[site] = report
         decisions: list[Decision] = []
+        if report.state != "preparing" and site not in self.roster:
+            self.roster.add(site)
+            decisions.append(Enrol(site))
         if report.state == "training" and before != "training":
             decisions.append(SiteActive(site, True))
         return [*decisions, *self._start_if_ready(), *self._close_due(now)]
@@ -177,7 +188,7 @@ class RunCore:
             return self.holding(fragment, id_)
         if not self.started:
             return Refusal(Code.BAD_REQUEST, "the run has not started; wait for the order to start")
-        if self.finished or self.complete(fragment):
+        if self.finished or state.tokens + state.merging_tokens >= self.plan.tokens:
             return Refusal(Code.RUN_FINISHED, f"fragment {fragment} has merged its token budget")
         if base_version > state.version:
             return Refusal(
@@ -207,22 +218,27 @@ class RunCore:
     def published(self, fragment: int, version: int, tokens: int, now: float) -> list[Decision]:
         """The merge that CloseRound asked for is durable; `tokens` are those of its contributions."""
         state = self.fragments[fragment]
-        state.version, state.merging = version, None
+        state.version, state.merging, state.merging_tokens = version, None, 0
         state.tokens += tokens
-        if not self.finished and all(self.complete(p) for p in range(len(self.fragments))):
+        closed = self._close_due(now)
+        if self._all_done() and not self.finished:
             self.finished = True
-            return [FinishRun()]
-        return self._close_due(now)
+            return [*closed, FinishRun()]
+        return closed
 
     def tick(self, now: float) -> list[Decision]:
         """Time has passed: leases run out, deadlines and grace windows end."""
         gone: list[Decision] = [SiteActive(site, False, expired=True) for site in self.members.expire(now)]
         return [*gone, *self._close_due(now)]
 
-    def evaluated(self, tokens: int) -> None:
-        """An evaluation of the weights at `tokens` merged tokens has come in."""
-        self._evaluated = max(self._evaluated, tokens)
-        self._evaluator = None
+    def evaluated(self, site: str, tokens: int) -> bool:
+        """Whether an evaluation of the weights at `tokens` merged tokens counts: it was asked of this site, and of
+        weights that there are."""
+        if self._evaluator is None or self._evaluator[0] != site or not self._evaluated < tokens <= self.tokens:
+            # The initial weights, at 0 tokens, are above the −1 of a run that was never evaluated.
+            return False
+        self._evaluated, self._evaluator = tokens, None
+        return True
 
     # -- questions
 
@@ -255,20 +271,21 @@ class RunCore:
         """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""
         return sum(state.tokens for state in self.fragments) // len(self.fragments)
 
-    def pace(self, site: str) -> float:
-        """Inner steps of this site's next cycle, with a fraction that it carries on."""
-        speeds = {
-            member.site: 1.0 / member.report.step_seconds
-            for member in self.members.in_state("ready", "training")
-            if member.report.step_seconds > 0
-        }
-        if not self.plan.equal_time or site not in speeds:
+    def pace(self, site: str) -> float | None:
+        """Inner steps of this site's next cycle, with a fraction that it carries on. None: as it was, because not every
+        site has reported its speed yet (after a restart), and the first to do so is not the fastest."""
+        if not self.plan.equal_time:
             return float(self.plan.steps)
-        return max(1.0, pacing.paces(speeds, self.plan.steps)[site])
+        measured = self.members.in_state("ready", "training")
+        if any(member.report.step_seconds <= 0 for member in measured):
+            return None
+        speeds = {member.site: 1.0 / member.report.step_seconds for member in measured}
+        return max(1.0, pacing.paces(speeds, self.plan.steps)[site]) if site in speeds else None
 
     def shard(self, site: str) -> tuple[int, int]:
-        """(index, count) of the site's part of the data: its rank among all sites that ever joined."""
-        return sorted(self.roster).index(site), len(self.roster)
+        """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""
+        dealt = sorted(self.roster | {site})
+        return dealt.index(site), len(dealt)
 
     def take_evaluation(self, site: str, now: float) -> bool:
         """Whether this site should evaluate now; the lease goes to one site at a time."""
@@ -281,6 +298,12 @@ class RunCore:
         return True
 
     # -- rules
+
+    def _all_done(self) -> bool:
+        return all(
+            self.complete(p) and state.merging is None and not state.open.contributions
+            for p, state in enumerate(self.fragments)
+        )
 
     def _standing(self, site: str, session: str) -> Refusal | None:
         match self.members.standing(site, session):
@@ -305,14 +328,18 @@ class RunCore:
         tempos = self._tempos()
         decisions: list[Decision] = []
         for p, state in enumerate(self.fragments):
-            if state.merging is not None or self.finished or self.complete(p):
+            if state.merging is not None:
                 continue
             reason = rounds.closing(state.open, training, tempos, self.plan.policy, now)
+            if self.complete(p) and state.open.contributions:
+                # Accepted while the last merge was under way: it was acknowledged, so it is merged as well.
+                reason = reason or "complete"
             if reason is None:
                 continue
             contributions = state.open.ordered()
             weights = rounds.weights(contributions, self.plan.policy.weighting)
             state.merging, state.open = state.target, OpenRound()
+            state.merging_tokens = sum(contribution.tokens for contribution in contributions)
             decisions.append(CloseRound(p, state.merging, tuple(contributions), tuple(weights), reason))
         return decisions
 

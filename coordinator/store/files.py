@@ -96,6 +96,13 @@ class Blobs:
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
 
+    def sweep(self, needed: set[str]) -> int:
+        """Removes every blob that is not `needed` (a crash can leave one between its file and its row); how many."""
+        strays = [path for path in self.directory.glob("??/*") if path.name not in needed]
+        for path in strays:
+            path.unlink(missing_ok=True)
+        return len(strays)
+
     def _prepare(self, digest: str) -> None:
         parent = self.path(digest).parent
         if not parent.is_dir():

@@ -24,7 +24,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sites (
     name TEXT PRIMARY KEY, salt BLOB, token_hash BLOB, revoked INTEGER NOT NULL DEFAULT 0, added_at REAL,
-    session TEXT, joined INTEGER NOT NULL DEFAULT 0, active INTEGER NOT NULL DEFAULT 0
+    session TEXT, enrolled INTEGER NOT NULL DEFAULT 0, active INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS contributions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, site TEXT NOT NULL, fragment INTEGER NOT NULL,
@@ -80,7 +80,7 @@ class StoredRound:
 class SiteRow:
     name: str
     session: str | None
-    joined: bool
+    enrolled: bool
     active: bool
     revoked: bool
     has_token: bool
@@ -162,7 +162,7 @@ class Journal:
             SiteRow(
                 row["name"],
                 row["session"],
-                bool(row["joined"]),
+                bool(row["enrolled"]),
                 bool(row["active"]),
                 bool(row["revoked"]),
                 row["token_hash"] is not None,
@@ -174,10 +174,20 @@ class Journal:
     def site_joined(self, site: str, session: str) -> None:
         with self._transaction("join"):
             self._db.execute(
-                "INSERT INTO sites (name, session, joined) VALUES (?, ?, 1)"
-                " ON CONFLICT (name) DO UPDATE SET session = excluded.session, joined = 1, active = 0",
+                "INSERT INTO sites (name, session) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET session = excluded.session, active = 0",
                 (site, session),
             )
+
+    def enrol(self, site: str) -> None:
+        """The site has a part of the data from now on."""
+        with self._transaction("enrol"):
+            self._db.execute("UPDATE sites SET enrolled = 1 WHERE name = ?", (site,))
+
+    def forget_sessions(self) -> None:
+        """Every agent has to join again, and so learns of a changed config."""
+        with self._transaction("sessions"):
+            self._db.execute("UPDATE sites SET session = NULL, active = 0")
 
     def start_run(self, sites: Sequence[str]) -> None:
         """Training begins with these sites; one fact, so that no recovery finds a start that nobody took part in."""
@@ -309,6 +319,15 @@ class Journal:
             ]
             self._db.execute(f"UPDATE rounds SET pruned = 1 WHERE {old}", (fragment, oldest_delta))
         return blobs + deltas
+
+    def needed_blobs(self) -> set[str]:
+        """The digests of all blobs that are not pruned."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT blob FROM contributions WHERE NOT pruned"
+                " UNION SELECT delta FROM rounds WHERE NOT pruned AND delta IS NOT NULL"
+            ).fetchall()
+        return {row["blob"] for row in rows}
 
     # -- plumbing
 

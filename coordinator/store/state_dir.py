@@ -90,6 +90,11 @@ class StateDir:
         return RunConfig.model_validate_json(self.journal.meta("config") or "null", context="received")
 
     @property
+    def base(self) -> Path:
+        """Where relative paths of the run's config count from."""
+        return Path(self.journal.meta("base") or ".")
+
+    @property
     def layout(self) -> Layout:
         try:
             return Layout.from_wire(json.loads(self.journal.meta("layout") or "null"))
@@ -104,8 +109,9 @@ class StateDir:
     def checkpoints(self, keep: int) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", self.run_id, keep)
 
-    def adopt_run(self, config: RunConfig, initial: Initial) -> bool:
-        """Makes this directory the run's, or checks that it is. True where the run is new.
+    def adopt_run(self, config: RunConfig, base: Path, initial: Initial) -> bool:
+        """Makes this directory the run's, or checks that it is. True where the run is new. `base` is where the config's
+        relative paths count from.
 
         The journal learns of the run last: a start that dies half way leaves a directory that starts afresh.
         Raises ConfigError where the directory belongs to another run.
@@ -114,7 +120,9 @@ class StateDir:
         known = self.journal.meta("identity")
         if known is not None:
             self._check_identity(json.loads(known), identity)
-            self.journal.set_meta(config=config.model_dump_json())
+            if config.model_dump_json() != self.journal.meta("config"):
+                self.journal.forget_sessions()
+            self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
         layout, weights = initial()
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
@@ -127,6 +135,7 @@ class StateDir:
             run=run,
             identity=json.dumps(identity),
             config=config.model_dump_json(),
+            base=str(base.resolve()),
             layout=json.dumps(layout.to_wire()),
             initial_digests=json.dumps([state.digest for state in states]),
         )
@@ -162,7 +171,7 @@ def _make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"state directory {path} cannot be made: {error.strerror}; name another --state") from None
-    strangers = sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in ("lock", "lost+found"))
     if strangers and not (path / "journal.sqlite").is_file():
         raise ConfigError(
             f"{path} is no coordinator's state directory and not empty (it has {strangers[0]}); name another --state"

@@ -115,6 +115,7 @@ class SiteCore:
     tokens: int = 0
     due: list[int] = field(default_factory=list)
     furthest: float = 0.0
+    run_finished: bool = False
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, sites: int) -> SiteCore:
@@ -128,7 +129,7 @@ class SiteCore:
 
     def next_action(self) -> Action:
         """What to do now; asked again until it says Step."""
-        if all(view.complete for view in self.fragments):
+        if all(view.complete or (self.run_finished and self._at_rest(view)) for view in self.fragments):
             return Done()
         for p in self._by_snapshot():
             view = self.fragments[p]
@@ -201,11 +202,6 @@ class SiteCore:
         if view.in_flight is not None and how == "align":
             self.tempo.round_trip(now - view.in_flight.taken_at)
 
-    def completed(self, fragment: int) -> None:
-        """The coordinator takes no more contributions to this fragment."""
-        view = self.fragments[fragment]
-        view.complete, view.in_flight, view.arrived = True, None, None
-
     @property
     def overlap_seconds(self) -> float:
         """What τ steps take here; 0 where τ has no bound or nothing is measured."""
@@ -217,6 +213,9 @@ class SiteCore:
         """Fragments that have something on its way or here, oldest snapshot first."""
         busy = [p for p, v in enumerate(self.fragments) if not v.complete and (v.in_flight or v.arrived)]
         return sorted(busy, key=lambda p: (flight.step if (flight := self.fragments[p].in_flight) else -1, p))
+
+    def _at_rest(self, view: FragmentView) -> bool:
+        return view.in_flight is None and view.arrived is None
 
     def _may_align(self, view: FragmentView) -> bool:
         """A fixed τ is kept to the step, so that a run can be repeated; otherwise sooner is better."""

@@ -68,7 +68,7 @@ def test_a_site_that_joined_without_a_token_has_none(journal: Journal) -> None:
     assert not journal.revoke_token("eu")
     add_token(journal, "eu")
     (site,) = journal.sites()
-    assert (site.session, site.joined, site.has_token, site.revoked) == ("session", True, True, False)
+    assert (site.session, site.enrolled, site.has_token, site.revoked) == ("session", False, True, False)
 
 
 @pytest.mark.parametrize("name", ["", "EU", "eu west", "-eu", "eu-", "../eu", "eu\n", "é", "a" * 65])

@@ -385,11 +385,6 @@ def test_paths_of_a_site_file_count_from_its_directory(tmp_path: Path, monkeypat
     assert config.path(config.site.token_file) == tmp_path / "sites" / "eu-west.token"
     assert config.path("../up") == tmp_path / "up"
     assert config.path("/absolute") == Path("/absolute")
-    assert config.data_options() == {"paths": [str(tmp_path / "sites" / "texts"), "/srv/more"]}
-    one = config.model_copy(update={"data": {"paths": "texts", "rows": 3}})
-    assert one.data_options() == {"paths": str(tmp_path / "sites" / "texts"), "rows": 3}
-    odd = config.model_copy(update={"data": {"paths": ["a", 3]}})
-    assert odd.data_options() == {"paths": ["a", 3]}  # the task refuses it in its own words
 
 
 def test_a_path_from_a_relative_site_file_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,3 +160,34 @@ def test_a_batch_stream_is_an_iterator_that_knows_where_it_is() -> None:
 
     assert isinstance(Stream(), BatchStream)
     assert not isinstance(iter([]), BatchStream)
+
+
+def test_the_option_paths_counts_from_the_directory_of_its_config_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    def __init__(self, options): self.options = options\n"
+        "    def build_model(self): ...\n"
+        "    def train_batches(self, shard, batch_size): ...\n"
+        "    def loss(self, model, batch): ...\n"
+    )
+
+    def paths(given: object) -> object:
+        return load_task("mine.py:Mine", {"paths": given, "rows": 3}, tmp_path).options["paths"]
+
+    assert paths("texts") == str(tmp_path / "texts")
+    assert paths(["texts", "/srv/more"]) == [str(tmp_path / "texts"), "/srv/more"]
+    assert paths(["a", 3]) == ["a", 3]  # the task refuses it in its own words
+
+
+def test_what_a_task_raises_is_told_as_its_fault(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(
+        "class Bad:\n"
+        "    def __init__(self, options): self.width = options['width']\n"
+        "    def build_model(self): raise RuntimeError('no such layer')\n"
+        "    def train_batches(self, shard, batch_size): ...\n"
+        "    def loss(self, model, batch): ...\n"
+    )
+    with pytest.raises(ConfigError, match="does not take its options: KeyError: 'width'"):
+        load_task("bad.py:Bad", {}, tmp_path)
+    with pytest.raises(ConfigError, match=r"Bad\.build_model failed: RuntimeError: no such layer"):
+        build_model(load_task("bad.py:Bad", {"width": 1}, tmp_path), 0)

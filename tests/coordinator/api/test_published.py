@@ -179,4 +179,4 @@ async def test_those_who_wait_are_sent_away_when_the_coordinator_stops(fleet: An
     waiting = asyncio.create_task(site.ask("GET", path(0, 1, "delta"), params={"wait": "60"}))
     await someone_waits(fleet)
     fleet.coordinator.publication.close()
-    assert (await waiting).is_problem(404, "not-published")
+    assert (await waiting).is_problem(503, "stopping")

@@ -13,6 +13,7 @@ from coordinator.core.run import (
     EVALUATION_LEASE_SECONDS,
     CloseRound,
     Decision,
+    Enrol,
     FinishRun,
     Plan,
     Refusal,
@@ -67,9 +68,9 @@ def test_training_starts_once_enough_sites_are_ready() -> None:
     core = RunCore(replace(PLAN, min_sites=2))
     core.join("us", "us", 0.0)
     core.join("eu", "eu", 0.0)
-    assert core.heartbeat("us", "us", READY, 1.0) == []
+    assert core.heartbeat("us", "us", READY, 1.0) == [Enrol("us")]
     assert not core.started
-    assert core.heartbeat("eu", "eu", READY, 2.0) == [StartRun(("eu", "us"))]
+    assert core.heartbeat("eu", "eu", READY, 2.0) == [Enrol("eu"), StartRun(("eu", "us"))]
     assert core.started
 
 
@@ -95,7 +96,7 @@ def test_a_late_ready_heartbeat_does_not_take_a_site_out_of_the_round() -> None:
 def test_a_site_that_joins_later_counts_once_it_trains() -> None:
     core = training("a")
     core.join("b", "b", 1.0)
-    assert core.heartbeat("b", "b", READY, 1.0) == []
+    assert core.heartbeat("b", "b", READY, 1.0) == [Enrol("b")]
     assert len(contribute(core, "a", 0)) == 1, "a round does not wait for a site that prepares"
     assert core.heartbeat("b", "b", TRAINING, 2.0) == [SiteActive("b", True)]
     assert core.heartbeat("b", "b", TRAINING, 3.0) == []
@@ -289,7 +290,7 @@ def test_tokens_of_a_run_are_the_mean_over_its_fragments() -> None:
 # ---- pace and shards
 
 
-def paced(*seconds: float, plan: Plan = PLAN) -> list[float]:
+def paced(*seconds: float, plan: Plan = PLAN) -> list[float | None]:
     names = [f"s{i}" for i in range(len(seconds))]
     core = training(*names, plan=plan)
     for name, step in zip(names, seconds, strict=True):
@@ -305,8 +306,9 @@ def test_a_pace_is_at_least_one_step() -> None:
     assert paced(0.001, 10.0) == [50.0, 1.0]
 
 
-def test_an_unmeasured_site_takes_h_steps_and_does_not_slow_the_others() -> None:
-    assert paced(0.1, 0.0) == [50.0, 50.0]
+def test_a_site_that_has_not_reported_its_speed_leaves_every_pace_as_it_was() -> None:
+    """After a restart of the coordinator the first to report is not the fastest."""
+    assert paced(0.1, 0.0) == [None, None]
 
 
 def test_equal_steps_ignores_speed() -> None:
@@ -332,7 +334,10 @@ def test_one_site_at_a_time_evaluates() -> None:
     core = training("a", "b")
     assert core.take_evaluation("a", 0.0)
     assert not core.take_evaluation("b", 1.0)
-    core.evaluated(0)
+    assert not core.evaluated("b", 0), "it was not asked"
+    assert not core.evaluated("a", 10**15), "there are no such weights"
+    assert core.evaluated("a", 0)
+    assert not core.evaluated("a", 0), "a heartbeat that was sent twice counts once"
     assert not core.take_evaluation("b", 2.0), "nothing new to evaluate"
     core.fragments[0].tokens = core.fragments[1].tokens = 50  # a twentieth of the budget
     assert core.take_evaluation("b", 3.0)
@@ -350,7 +355,8 @@ def test_a_lost_evaluator_gives_way() -> None:
 def test_the_last_weights_are_evaluated_however_few_tokens_they_add() -> None:
     core = training("a", plan=replace(PLAN, fragments=1))
     core.fragments[0].tokens = 999
-    core.evaluated(999)
+    assert core.take_evaluation("a", 0.0)
+    assert core.evaluated("a", 999)
     assert not core.take_evaluation("a", 0.0)
     assert core.published(0, 1, 1, 1.0) == [FinishRun()]
     assert core.take_evaluation("a", 2.0)
@@ -429,3 +435,30 @@ def test_restored_rounds_under_a_quorum_close_only_with_k(quorum: int) -> None:
     plan = replace(PLAN, policy=replace(POLICY, quorum=quorum))
     _, decisions = restored([(contribution("a", base=3), False)], [("a", "a"), ("b", "b")], plan=plan)
     assert len(decisions) == (1 if quorum == 1 else 0)
+
+
+# ---- the end of a run
+
+
+def test_what_is_accepted_while_the_last_merge_runs_is_merged_as_well() -> None:
+    """It was acknowledged, so it must not be lost, and its site waits for the version that will hold it."""
+    core = training("a", "b", plan=replace(PLAN, fragments=1, policy=replace(PLAN.policy, quorum=1), tokens=5))
+    late = Contribution("late", "b", 0, 0, 10, 1)
+    # Offered before the round closed, accepted after.
+    assert core.offer("b", "b", 0, 0, "late") is None
+    (close,) = contribute(core, "a", 0, )
+    assert isinstance(close, CloseRound)
+    assert isinstance(core.offer("b", "b", 0, 0, "later"), Refusal), "no more are let in"
+    version, decisions = core.accept(late, 1.0)
+    assert (version, decisions) == (2, [])
+    (second,) = core.published(0, 1, 20, 2.0)
+    assert isinstance(second, CloseRound)
+    assert [c.id for c in second.contributions] == ["late"]
+    assert not core.finished
+    assert core.published(0, 2, 10, 3.0) == [FinishRun()]
+
+
+def test_a_site_that_never_got_ready_has_no_part_of_the_data() -> None:
+    core = training("a", "b")
+    core.join("typo", "typo", 1.0)
+    assert [core.shard(site) for site in ("a", "b")] == [(0, 2), (1, 2)]

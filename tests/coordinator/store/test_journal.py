@@ -62,6 +62,7 @@ def test_a_reopened_journal_has_everything(journal: Journal) -> None:
     a, b, late = contribution("a"), contribution("b"), contribution("a", base=1)
     journal.set_meta(run="r", config="{}")
     journal.site_joined("a", "session-1")
+    journal.enrol("a")
     journal.site_active("a", True)
     accept(journal, b, a)
     journal.close_round(0, 1, "quorum", [(a, 0.25), (b, 0.75)], RULE, at=2.0)
@@ -71,7 +72,13 @@ def test_a_reopened_journal_has_everything(journal: Journal) -> None:
     found = reopened(journal)
     assert (found.meta("run"), found.meta("config"), found.meta("nothing")) == ("r", "{}", None)
     (site,) = found.sites()
-    assert (site.name, site.session, site.joined, site.active, site.has_token) == ("a", "session-1", True, True, False)
+    assert (site.name, site.session, site.enrolled, site.active, site.has_token) == (
+        "a",
+        "session-1",
+        True,
+        True,
+        False,
+    )
     assert found.round(0, 1) == StoredRound(
         0, 1, "quorum", RULE, ((a.id, 0.25), (b.id, 0.75)), 20, 2.0, 3.0, "delta-1", 5, "p1", "m1", "b1"
     )

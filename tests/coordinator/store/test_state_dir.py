@@ -38,7 +38,7 @@ def adopted(path: Path, run: RunConfig) -> str:
     """The run id that `path` has once a coordinator of `run` has opened it."""
     store = StateDir.hold(path)
     try:
-        store.adopt_run(run, initial)
+        store.adopt_run(run, path, initial)
         return store.run_id
     finally:
         store.close()
@@ -96,7 +96,7 @@ def test_a_hold_that_fails_lets_go(tmp_path: Path) -> None:
 
 def test_a_new_directory_becomes_the_runs_and_is_its_own_at_the_next_start(tmp_path: Path) -> None:
     store = StateDir.hold(tmp_path)
-    assert store.adopt_run(config(), initial) is True
+    assert store.adopt_run(config(), tmp_path, initial) is True
     run = store.run_id
     assert run.startswith("tiny.")
     assert store.layout == LAYOUT
@@ -107,7 +107,7 @@ def test_a_new_directory_becomes_the_runs_and_is_its_own_at_the_next_start(tmp_p
     def never() -> tuple[Layout, list[F32]]:
         raise AssertionError("weights are built once in a run's life")
 
-    assert store.adopt_run(config(), never) is False
+    assert store.adopt_run(config(), tmp_path, never) is False
     assert store.run_id == run
     (state,) = (store.checkpoints(2).load(e, LAYOUT.fragments[1]) for e in store.checkpoints(2).entries(1))
     assert state.master.tolist() == state.published.tolist() == [2.0] * 4

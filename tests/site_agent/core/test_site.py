@@ -260,10 +260,18 @@ def test_news_of_nothing_on_its_way_changes_nothing() -> None:
         core.aligned(0)
 
 
+def finish(core: SiteCore, fragment: int) -> None:
+    """The coordinator takes no more contributions to the fragment, and its last version comes."""
+    core.arrived(fragment, 9, core.settings.budget, "overwrite", now=0.0)
+
+
 def test_a_completed_fragment_gets_no_snapshot() -> None:
     core = site(0)
-    core.completed(0)
-    train(core, 6)
+    train(core, 3)
+    take(core)
+    finish(core, 0)
+    take_up(core)
+    train(core, 3)
     assert take(core).fragment == 1
     deliver(core, 1, 1)
     take_up(core)
@@ -271,23 +279,27 @@ def test_a_completed_fragment_gets_no_snapshot() -> None:
     assert take(core).fragment == 1
 
 
-def test_completion_ends_a_wait() -> None:
+def test_the_last_version_of_a_finished_fragment_ends_a_wait() -> None:
     core = site(0)
     train(core, 3)
     take(core)
     assert core.next_action() == Wait(0)
-    core.completed(0)
+    finish(core, 0)
+    assert core.next_action() == Align(0, 9, "overwrite")
+    take_up(core)
     train(core, 3)
 
 
-def test_completion_drops_a_version_that_is_here() -> None:
-    core = site(2)
+def test_a_finished_run_ends_a_site_once_nothing_is_on_its_way() -> None:
+    """Its own budget may say otherwise: the coordinator's was changed."""
+    core = site(0)
     train(core, 3)
     take(core)
+    core.run_finished = True
+    assert core.next_action() == Wait(0)
     deliver(core, 0, 1)
-    core.completed(0)
-    train(core, 3)
-    assert take(core).fragment == 1
+    take_up(core)
+    assert core.next_action() == Done()
 
 
 def test_a_site_is_done_when_every_fragment_has_merged_the_budget() -> None:
@@ -302,7 +314,8 @@ def test_a_site_is_done_when_every_fragment_has_merged_the_budget() -> None:
     take_up(core)
     train(core, 6)
     assert take(core).fragment == 1
-    core.completed(1)
+    finish(core, 1)
+    take_up(core)
     assert core.next_action() == Done()
 
 

@@ -104,14 +104,12 @@ class RandomNews(RuleBasedStateMachine):
         version = self.versions[p] + newer
         self.core.arrived(p, version, version * 7 * TOKENS, "rebase", self.now)
 
+    @precondition(lambda self: bool(self.sent))
     @rule(data=st.data())
-    def fragment_completes(self, data: st.DataObject) -> None:
+    def fragment_is_finished(self, data: st.DataObject) -> None:
         assume(data.draw(st.integers(0, 9)) == 0)
-        p = data.draw(st.integers(0, len(self.core.fragments) - 1))
-        self.core.completed(p)
-        self.sent.pop(p, None)
-        self.sent_at.pop(p, None)
-        self.acknowledged.discard(p)
+        p = self.open(data, acknowledged=False)
+        self.core.arrived(p, self.versions[p] + 1, self.core.settings.budget, "overwrite", self.now)
 
     @rule(pace=st.sampled_from([1.0, 1.75, 4.0, 9.0]))
     def coordinator_changes_the_pace(self, pace: float) -> None:
