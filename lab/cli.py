@@ -13,7 +13,7 @@ from shared.program import command
 @command
 def demo(
     sites: Annotated[int, typer.Option(min=1, max=8, help="How many sites.")] = 3,
-    minutes: Annotated[float, typer.Option(min=0.2, max=60, help="About how long to train at the sites.")] = 1.25,
+    minutes: Annotated[float, typer.Option(min=0.2, max=60, help="About how long to train at the sites.")] = 1.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The coordinator's port; 0: any free one.")] = 0,
 ) -> None:

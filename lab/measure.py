@@ -17,20 +17,21 @@ from site_agent.training.trainer import Trainer
 CALIBRATION_STEPS, CALIBRATION_SECONDS = 20, 3.0
 
 
-def training_speed(config: RunConfig) -> float:
-    """Tokens per second of one site at full speed on one thread of this machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def training_speed(config: RunConfig, sites: int, threads: int) -> float:
+    """Tokens per second of a plain training loop on `threads` threads, a step being one batch of every site: what the
+    data-parallel half will reach, and about what the sites reach together on the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         task = load_task(config.task.use, config.task.options())
         model = build_model(task, config.run.seed)
         layout = build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], 1, "balanced")
         trainer = Trainer(task, model, layout, config.inner, torch.device("cpu"))
-        stream = task.train_batches(Shard(0, 1), config.inner.batch_size)
+        stream = task.train_batches(Shard(0, 1), sites * config.inner.batch_size)
         _, tokens, _ = trainer.step(stream, config.inner.lr)
         return tokens / trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:

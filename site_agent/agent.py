@@ -375,7 +375,7 @@ class Agent:
 
     def _arrive(self, p: int, anchor: Anchor, how: Any) -> None:
         self.arrivals[p] = anchor
-        self.core.arrived(p, anchor.version, anchor.tokens, how, self._clock())
+        self.core.arrived(p, anchor.version, anchor.tokens, how)
 
     def _obey(self, orders: Orders) -> None:
         before, self._orders = self._orders, orders

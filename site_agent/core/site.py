@@ -195,12 +195,10 @@ class SiteCore:
         view.counted_steps += flight.steps
         self.tempo.synced(now - flight.taken_at)
 
-    def arrived(self, fragment: int, version: int, tokens: int, how: How, now: float) -> None:
+    def arrived(self, fragment: int, version: int, tokens: int, how: How) -> None:
         """A version is here."""
         view = self.fragments[fragment]
         view.arrived = Arrived(version, tokens, how)
-        if view.in_flight is not None and how == "align":
-            self.tempo.round_trip(now - view.in_flight.taken_at)
 
     @property
     def overlap_seconds(self) -> float:

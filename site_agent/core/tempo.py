@@ -1,4 +1,4 @@
-"""What a site has measured of itself: how long a step takes, how long a version takes to come, and τ from both."""
+"""What a site has measured of itself: how long a step takes, how long its link takes, and τ from both."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import statistics
 from collections import deque
 from typing import Literal
 
-MARGIN = 1.25
-"""τ covers the slowest of the recent round trips and a quarter more; one late version costs a wait, a τ that is
-too long costs nothing but a longer look-ahead, because "auto" aligns as soon as the version is there."""
+MARGIN = 1.5
+"""τ covers the slowest of the recent trips and half as much more, for steps that are not all equally long."""
 
 
 class Tempo:
@@ -17,15 +16,10 @@ class Tempo:
 
     def __init__(self) -> None:
         self._steps: deque[float] = deque(maxlen=64)
-        self._trips: deque[float] = deque(maxlen=16)
         self._syncs: deque[float] = deque(maxlen=16)
 
     def stepped(self, seconds: float) -> None:
         self._steps.append(seconds)
-
-    def round_trip(self, seconds: float) -> None:
-        """From a snapshot to the arrival of the version that it led to."""
-        self._trips.append(seconds)
 
     def synced(self, seconds: float) -> None:
         """From a snapshot to the coordinator's acknowledgement: what the link alone takes."""
@@ -42,11 +36,17 @@ class Tempo:
         return statistics.median(self._syncs) if self._syncs else 0.0
 
     def overlap(self, setting: Literal["auto", "unbounded"] | int) -> int | None:
-        """τ in steps of this site; None: no bound. "auto" before any round trip: no bound either."""
+        """τ in steps of this site; None: no bound.
+
+        "auto" is what the link takes there and back, in steps, and one for the step that the snapshot or the arrival
+        falls into; before it is measured there is no bound. What the site spent waiting for *others* is left out on
+        purpose: a τ that made room for that would let sites drift apart by up to a cycle and train on weights that
+        are as old, where one short wait brings them in step again.
+        """
         if setting == "unbounded":
             return None
         if setting != "auto":
             return setting
-        if not self._trips or self.step_seconds <= 0:
+        if not self._syncs or self.step_seconds <= 0:
             return None
-        return max(1, math.ceil(MARGIN * max(self._trips) / self.step_seconds))
+        return 1 + math.ceil(MARGIN * 2 * max(self._syncs) / self.step_seconds)

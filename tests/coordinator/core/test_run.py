@@ -446,7 +446,11 @@ def test_what_is_accepted_while_the_last_merge_runs_is_merged_as_well() -> None:
     late = Contribution("late", "b", 0, 0, 10, 1)
     # Offered before the round closed, accepted after.
     assert core.offer("b", "b", 0, 0, "late") is None
-    (close,) = contribute(core, "a", 0, )
+    (close,) = contribute(
+        core,
+        "a",
+        0,
+    )
     assert isinstance(close, CloseRound)
     assert isinstance(core.offer("b", "b", 0, 0, "later"), Refusal), "no more are let in"
     version, decisions = core.accept(late, 1.0)

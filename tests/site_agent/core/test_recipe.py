@@ -75,7 +75,7 @@ class Site:
     def _hear(self) -> None:
         for p, version in list(self.expected.items()):
             if len(self.outer.versions[p]) > version:
-                self.core.arrived(p, version, 0, "align", 0.0)
+                self.core.arrived(p, version, 0, "align")
                 del self.expected[p]
 
 

@@ -42,7 +42,7 @@ def take_up(core: SiteCore) -> Align:
 def deliver(core: SiteCore, fragment: int, version: int, tokens: int = 0, now: float = 0.0) -> None:
     """The contribution is accepted, and the version that holds it arrives."""
     core.accepted(fragment, version, now)
-    core.arrived(fragment, version, tokens, "align", now)
+    core.arrived(fragment, version, tokens, "align")
 
 
 # ---- τ
@@ -55,7 +55,7 @@ def test_without_overlap_a_site_waits_right_after_its_snapshot() -> None:
     assert core.next_action() == Wait(0)
     core.accepted(0, 1, now=1.0)
     assert core.next_action() == Wait(0)
-    core.arrived(0, 1, 60, "align", now=2.0)
+    core.arrived(0, 1, 60, "align")
     assert take_up(core) == Align(0, 1, "align")
     train(core, 3)
     assert take(core) == Snapshot(fragment=1, base_version=0, tokens=60, steps=6)
@@ -112,7 +112,7 @@ def test_auto_has_no_bound_until_it_has_measured_a_round_trip() -> None:
     train(core, 3, seconds=0.5)
     take(core, now=100.0)
     train(core, 2, seconds=0.5)
-    deliver(core, 0, 1, now=101.0)  # 1 s: 2.5 steps with the margin
+    deliver(core, 0, 1, now=100.25)  # a quarter of a second up: 1.5 steps there and back with the margin
     take_up(core)
     assert core.overlap_seconds == 1.5
     train(core, 1, seconds=0.5)
@@ -124,7 +124,7 @@ def test_auto_has_no_bound_until_it_has_measured_a_round_trip() -> None:
 
 def test_auto_aligns_before_its_bound_when_the_version_is_here() -> None:
     core = site("auto")
-    core.tempo.round_trip(100.0)
+    core.tempo.synced(100.0)
     train(core, 3)
     take(core)
     train(core, 1)
@@ -182,7 +182,7 @@ def test_versions_that_arrive_together_are_taken_up_in_the_order_of_their_snapsh
     take_up(core)
     train(core, 2)
     assert take(core).fragment == 0
-    core.arrived(2, 5, 0, "overwrite", now=0.0)  # nothing of it is on its way: it comes before all
+    core.arrived(2, 5, 0, "overwrite")  # nothing of it is on its way: it comes before all
     deliver(core, 0, 2)
     deliver(core, 1, 1)
     assert [take_up(core).fragment for _ in range(3)] == [2, 1, 0]
@@ -203,7 +203,7 @@ def test_after_a_refusal_the_next_snapshot_carries_all_tokens() -> None:
     core = site(0, fragments=1, pace=3.0)
     train(core, 3)
     assert take(core).tokens == 30
-    core.arrived(0, 7, 500, "rebase", now=1.0)
+    core.arrived(0, 7, 500, "rebase")
     assert take_up(core) == Align(0, 7, "rebase")
     train(core, 3)
     assert take(core) == Snapshot(fragment=0, base_version=7, tokens=60, steps=6)
@@ -217,7 +217,7 @@ def test_a_refusal_keeps_to_a_fixed_overlap_too() -> None:
     core = site(2, fragments=1)
     train(core, 6)
     take(core)
-    core.arrived(0, 7, 500, "rebase", now=1.0)
+    core.arrived(0, 7, 500, "rebase")
     train(core, 2)
     assert take_up(core) == Align(0, 7, "rebase")
 
@@ -236,7 +236,7 @@ def test_steps_since_the_snapshot_count_for_the_next_contribution() -> None:
 def test_an_overwrite_drops_what_was_delivered_before() -> None:
     core = site("unbounded", fragments=1, pace=3.0)
     train(core, 2)
-    core.arrived(0, 5, 900, "overwrite", now=0.0)
+    core.arrived(0, 5, 900, "overwrite")
     assert take_up(core) == Align(0, 5, "overwrite")
     train(core, 1)
     assert take(core) == Snapshot(fragment=0, base_version=5, tokens=10, steps=1)
@@ -262,7 +262,7 @@ def test_news_of_nothing_on_its_way_changes_nothing() -> None:
 
 def finish(core: SiteCore, fragment: int) -> None:
     """The coordinator takes no more contributions to the fragment, and its last version comes."""
-    core.arrived(fragment, 9, core.settings.budget, "overwrite", now=0.0)
+    core.arrived(fragment, 9, core.settings.budget, "overwrite")
 
 
 def test_a_completed_fragment_gets_no_snapshot() -> None:

@@ -85,7 +85,7 @@ class RandomNews(RuleBasedStateMachine):
 
     def publish(self, p: int, skipped: int = 0) -> None:
         version = self.versions[p] + 1 + skipped
-        self.core.arrived(p, version, version * 7 * TOKENS, "align", self.now)
+        self.core.arrived(p, version, version * 7 * TOKENS, "align")
 
     @precondition(lambda self: bool(self.sent))
     @rule(data=st.data())
@@ -102,14 +102,14 @@ class RandomNews(RuleBasedStateMachine):
     def coordinator_refuses(self, data: st.DataObject, newer: int) -> None:
         p = self.open(data, acknowledged=False)
         version = self.versions[p] + newer
-        self.core.arrived(p, version, version * 7 * TOKENS, "rebase", self.now)
+        self.core.arrived(p, version, version * 7 * TOKENS, "rebase")
 
     @precondition(lambda self: bool(self.sent))
     @rule(data=st.data())
     def fragment_is_finished(self, data: st.DataObject) -> None:
         assume(data.draw(st.integers(0, 9)) == 0)
         p = self.open(data, acknowledged=False)
-        self.core.arrived(p, self.versions[p] + 1, self.core.settings.budget, "overwrite", self.now)
+        self.core.arrived(p, self.versions[p] + 1, self.core.settings.budget, "overwrite")
 
     @rule(pace=st.sampled_from([1.0, 1.75, 4.0, 9.0]))
     def coordinator_changes_the_pace(self, pace: float) -> None:

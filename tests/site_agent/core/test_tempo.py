@@ -8,7 +8,7 @@ def measured(steps: list[float], trips: list[float]) -> Tempo:
     for seconds in steps:
         tempo.stepped(seconds)
     for seconds in trips:
-        tempo.round_trip(seconds)
+        tempo.synced(seconds)
     return tempo
 
 
@@ -48,11 +48,11 @@ def test_auto_has_no_bound_before_a_round_trip_and_a_step_are_measured() -> None
     assert measured([0.0], [1.0]).overlap("auto") is None
 
 
-def test_auto_covers_the_slowest_recent_round_trip_and_a_quarter_more() -> None:
-    assert measured([0.5], [2.0]).overlap("auto") == 5
-    assert measured([0.5], [1.0, 2.1, 0.1]).overlap("auto") == 6  # 5.25 steps
-    assert measured([10.0], [0.001]).overlap("auto") == 1
+def test_auto_covers_the_slowest_recent_trip_there_and_back_half_as_much_more_and_a_step() -> None:
+    assert measured([0.5], [1.0]).overlap("auto") == 7  # 1 + 3 s of steps
+    assert measured([0.5], [0.5, 1.1, 0.1]).overlap("auto") == 8  # 1 + 6.6, rounded up
+    assert measured([10.0], [0.001]).overlap("auto") == 2
     tempo = measured([0.5], [100.0])
     for _ in range(16):
-        tempo.round_trip(2.0)
-    assert tempo.overlap("auto") == 5
+        tempo.synced(1.0)
+    assert tempo.overlap("auto") == 7
