@@ -17,7 +17,8 @@ from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import Code
 from shared.wire import Header, encode_flat, tensor_table
 
-SNAPSHOTS_KEPT = 2
+SNAPSHOTS_KEPT = 4
+PUBLISHED_WITHIN_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,43 @@ class Publication:
     async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:
         """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and ETag."""
         self._check(fragment)
-        path = self._store.snapshots / f"p{fragment:04d}-v{version:09d}.isthmus"
+        path = self._snapshot_path(fragment, version)
         newest = self.newest[fragment].version
         if version > newest:
             raise Refused(Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}", newest)
         if not path.exists():
             try:
-                made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment, version, path)
+                made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment)
             except OSError as error:
                 raise self._workers.storage_refusal(error) from error
-            if not made:
-                newest = self.newest[fragment].version
-                raise Refused(Code.VERSION_GONE, f"version {version} of fragment {fragment} is superseded", newest)
+            if made != version:
+                # Named only once it exists and may be had, so that whoever asks can catch up with a run that moves
+                # on while they ask.
+                await self._until(fragment, made)
+                raise Refused(
+                    Code.VERSION_GONE, f"version {version} of fragment {fragment} is superseded by {made}", made
+                )
         return path, f"{self._run}-p{fragment}-v{version}"
 
-    def _make_snapshot(self, fragment: int, version: int, path: Path) -> bool:
-        """On the merge thread, where the state stands still. False where the state has moved on."""
+    def _snapshot_path(self, fragment: int, version: int) -> Path:
+        return self._store.snapshots / f"p{fragment:04d}-v{version:09d}.isthmus"
+
+    async def _until(self, fragment: int, version: int) -> None:
+        """Until `version` is published; not for longer than a publication can take."""
+        try:
+            async with asyncio.timeout(PUBLISHED_WITHIN_SECONDS):
+                while self.newest[fragment].version < version and not self._closed:
+                    await self._news[fragment].wait()
+        except TimeoutError:
+            return
+
+    def _make_snapshot(self, fragment: int) -> int:
+        """On the merge thread, where the state stands still: a snapshot of the version that it has, which may be a
+        moment from being published. Returns that version."""
         state = self._states[fragment]
-        if state.version != version or path.exists():
-            return path.exists()
+        version, path = state.version, self._snapshot_path(fragment, state.version)
+        if path.exists():
+            return version
         header = Header(
             kind="snapshot",
             run=self._run,
@@ -133,7 +152,7 @@ class Publication:
         write_durably(path, lambda beside: _write_bytes(beside, data))
         for old in sorted(self._store.snapshots.glob(f"p{fragment:04d}-v*.isthmus"))[:-SNAPSHOTS_KEPT]:
             old.unlink(missing_ok=True)
-        return True
+        return version
 
     def _check(self, fragment: int) -> None:
         if fragment >= len(self._states):

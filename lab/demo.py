@@ -37,6 +37,8 @@ RATE, RTT = 50e6 / 8, 0.080
 NAMES = ("eu-west", "us-east", "ap-south", "sa-east", "af-south", "eu-north", "us-west", "ap-east")
 PROMPT = "HAMLET\n"
 BASELINE_THREADS = 2
+LEAST_TOKENS = 120_000
+"""Less teaches the model nothing that a table could show."""
 USABLE = 0.9
 """Share of a plain training loop's speed that the sites, their links and the coordinator reach together."""
 
@@ -163,7 +165,7 @@ async def _demo(console: Console, fleet: Fleet, sites: int, minutes: float, port
     speed = await asyncio.to_thread(training_speed, load_run(run_file), sites, BASELINE_THREADS)
     # The sites do not fill the machine where their throttles add up to less than its cores.
     share = min(1.0, sum(throttles) / (os.cpu_count() or 1)) * USABLE
-    _write_run(run_file, text, sites, tokens=max(20_000, round(speed * share * minutes * 60)))
+    _write_run(run_file, text, sites, tokens=max(LEAST_TOKENS, round(speed * share * minutes * 60)))
     config = load_run(run_file)
     trained = await _train(console, fleet, config, throttles, port)
     baseline = await _baseline(console, fleet, config, sites, trained.tokens)

@@ -406,8 +406,10 @@ class Courier:
             except Refusal as refusal:
                 if refusal.code not in (Code.VERSION_GONE, Code.NOT_PUBLISHED, Code.NOT_FOUND):
                     raise
-                # The version moved on while we asked, or is a moment away from being published.
+                # The version moved on while we asked, or is not published yet; the one that is named can be had now.
                 version = refusal.version if refusal.version is not None else version
+                if attempt == 1:
+                    continue
             except FormatError as error:
                 log.error("snapshot of fragment %d: %s; fetching it again", p, error)
             await asyncio.sleep(backoff(attempt, random.random()))

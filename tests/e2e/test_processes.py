@@ -99,9 +99,9 @@ def test_the_demo_trains_for_real(tmp_path: Path) -> None:
     assert demo.wait() == 0, (tmp_path / "demo.log").read_text()
     results = json.loads((tmp_path / "demo.json").read_text())
     assert results["anchors_identical"] is True
-    assert results["eval_loss"] < 0.75 * results["initial_eval_loss"]
-    assert results["eval_loss"] < 1.1 * results["baseline_eval_loss"]
-    assert results["tokens"] > 20_000
+    assert results["eval_loss"] < 0.85 * results["initial_eval_loss"]
+    assert results["baseline_eval_loss"] < 0.85 * results["initial_eval_loss"]
+    assert results["tokens"] >= 120_000
     assert results["outer_steps"] >= 8
     assert 20 * (results["bytes_up"] + results["bytes_down"]) < results["data_parallel_bytes"]
     assert [site["name"] for site in results["sites"]] == ["eu-west", "us-east", "ap-south"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.publication import SNAPSHOTS_KEPT
 from shared.fragments import digest_flat
 from shared.wire import blob_digest, open_container
 
@@ -148,16 +149,16 @@ async def test_an_old_snapshot_stays_for_a_while_and_is_then_gone(fleet: Any) ->
     site = await merged(fleet, versions=1)
     assert (await site.ask("GET", path(0, 0, "snapshot"))).is_problem(410, "version-gone"), "nobody asked in time"
     first = await site.ask("GET", path(0, 1, "snapshot"))
-    for base in (1, 2):
+    for base in range(1, SNAPSHOTS_KEPT + 1):
         await site.contribute(0, base)
         await site.published(0, base + 1)
         await site.ask("GET", path(0, base + 1, "snapshot"))
         again = await site.ask("GET", path(0, 1, "snapshot"))
-        if base == 1:
+        if base < SNAPSHOTS_KEPT:
             assert again.body == first.body
         else:
             assert again.is_problem(410, "version-gone")
-    assert len(list((fleet.state / "snapshots").iterdir())) == 2
+    assert len(list((fleet.state / "snapshots").iterdir())) == SNAPSHOTS_KEPT
 
 
 async def test_a_snapshot_that_the_disk_refuses_is_a_507_and_can_be_asked_again(
@@ -180,3 +181,17 @@ async def test_those_who_wait_are_sent_away_when_the_coordinator_stops(fleet: An
     await someone_waits(fleet)
     fleet.coordinator.publication.close()
     assert (await waiting).is_problem(503, "stopping")
+
+
+async def test_a_joiner_catches_up_with_a_run_that_moves_on_while_it_asks(fleet: Any) -> None:
+    """Whatever version it asks for, the refusal names one whose snapshot is there to be had, however late it comes."""
+    (site,) = await fleet.trains("eu")
+    for base in range(3):
+        await site.contribute(0, base)
+        await site.published(0, base + 1)
+    gone = await site.ask("GET", path(0, 1, "snapshot"))
+    assert gone.is_problem(410, "version-gone")
+    named = gone.json["version"]
+    await site.contribute(0, 3)
+    await site.published(0, 4)
+    assert (await site.ask("GET", path(0, named, "snapshot"))).status == 200
