@@ -31,7 +31,18 @@ from coordinator.workers import Workers
 from shared.config import RunConfig
 from shared.errors import IsthmusError
 from shared.fragments import F32, Layout
-from shared.protocol import PROTOCOL, Code, FragmentVersion, Heartbeat, Join, Joined, Orders, Preview, ShardMessage
+from shared.protocol import (
+    PROTOCOL,
+    AwaitedRound,
+    Code,
+    FragmentVersion,
+    Heartbeat,
+    Join,
+    Joined,
+    Orders,
+    Preview,
+    ShardMessage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -344,6 +355,7 @@ class Coordinator:
             shard=ShardMessage(index=index, count=count, seed=self.config.run.seed),
             tokens=self.core.tokens,
             evaluate=self.core.take_evaluation(site, self.clock()),
+            awaited=[AwaitedRound(fragment=p, version=version) for p, version in self.core.awaited(site)],
         )
 
 

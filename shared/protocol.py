@@ -92,9 +92,18 @@ class FragmentVersion(Message):
     contributed: Annotated[int, Field(ge=-1, le=10**15)]
 
 
+class AwaitedRound(Message):
+    """The open round that becomes `version` of `fragment`."""
+
+    fragment: Count
+    version: Count
+
+
 class Orders(Message):
-    """What the coordinator wants of a site from now on; part of every answer on the control connection. `pace` None: as
-    it was."""
+    """What the coordinator wants of a site from now on; part of every answer on the control connection.
+
+    `pace` None: as it was. `awaited`: rounds that wait for this site while it may be waiting itself.
+    """
 
     started: bool
     finished: bool
@@ -103,6 +112,7 @@ class Orders(Message):
     shard: ShardMessage
     tokens: Count
     evaluate: bool
+    awaited: list[AwaitedRound]
 
 
 class Joined(Message):
@@ -199,7 +209,7 @@ def unpack(kind: type[M], data: bytes, limit: int = MESSAGE_BYTES) -> M:
     try:
         fields = msgpack.unpackb(data, use_list=True)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise FormatError(f"the body is not msgpack: {error}") from None
+        raise FormatError(f"the body is not msgpack: {str(error) or type(error).__name__}") from None
     try:
         return kind.model_validate(_pairs(fields))
     except ValidationError as error:

@@ -385,6 +385,7 @@ class Agent:
             self.core.pace = orders.pace
             self.metrics.pace.set(orders.pace)
         self.core.run_finished = orders.finished
+        self.core.awaited = [(round_.fragment, round_.version) for round_ in orders.awaited]
         if orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)

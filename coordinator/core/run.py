@@ -266,6 +266,27 @@ class RunCore:
         """The base version of the site's last accepted contribution to the fragment; −1: none."""
         return self.last_base.get((site, fragment), (-1, ""))[0]
 
+    def awaited(self, site: str) -> list[tuple[int, int]]:
+        """(fragment, version) of the open rounds that lack this site and were opened before one that holds it.
+
+        Sites whose schedules are out of step (one was away for a while) can wait for each other: this one for a round
+        that lacks another site, which waits for a round that lacks this one. Served in the order in which they were
+        opened, rounds cannot wait in a circle; a site in step has contributed to the earlier ones anyway.
+        """
+        opened = sorted(
+            (state.open.opened_at, p)
+            for p, state in enumerate(self.fragments)
+            if state.open.opened_at is not None  # nothing in it yet
+        )
+        lacking: list[tuple[int, int]] = []
+        before = 0
+        for _, p in opened:
+            if site in self.fragments[p].open.sites:
+                before = len(lacking)
+            else:
+                lacking.append((p, self.fragments[p].target))
+        return lacking[:before]
+
     @property
     def tokens(self) -> int:
         """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""

@@ -3,7 +3,8 @@
 The agent asks `next_action` at every step boundary, does what it says, and reports back; news from the
 network come in as events between steps. Versions, counts and times only: tensors are the agent's business.
 A fragment has at most one contribution on its way, so a site waits in exactly two cases: τ steps have
-passed since a snapshot whose version is late, or the fragment is due again before it.
+passed since a snapshot whose version is late, or the fragment is due again before it. A site that waits
+contributes early to the rounds that wait for it in turn.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ class SiteCore:
     due: list[int] = field(default_factory=list)
     furthest: float = 0.0
     run_finished: bool = False
+    awaited: list[tuple[int, int]] = field(default_factory=list)
+    """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run."""
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, sites: int) -> SiteCore:
@@ -136,7 +139,7 @@ class SiteCore:
             if view.arrived is not None and self._may_align(view):
                 return Align(p, view.arrived.version, view.arrived.how)
             if view.in_flight is not None and self._must_align(view.in_flight):
-                return Wait(p)
+                return self._wait(p)
         while self.due:
             p = self.due[0]
             view = self.fragments[p]
@@ -146,8 +149,8 @@ class SiteCore:
             if view.arrived is not None:
                 return Align(p, view.arrived.version, view.arrived.how)
             if view.in_flight is not None:
-                return Wait(p)
-            return Snapshot(p, view.version, self.tokens - view.counted_tokens, self.steps - view.counted_steps)
+                return self._wait(p)
+            return self._snapshot(p)
         return Step()
 
     # -- what the agent has done
@@ -163,7 +166,8 @@ class SiteCore:
         self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
 
     def snapshot_taken(self, action: Snapshot, now: float) -> None:
-        self.due.remove(action.fragment)
+        if action.fragment in self.due:
+            self.due.remove(action.fragment)
         self.fragments[action.fragment].in_flight = InFlight(
             action.base_version, self.steps, self.tokens, action.tokens, action.steps, now
         )
@@ -206,6 +210,19 @@ class SiteCore:
         return (self.tempo.overlap(self.settings.overlap) or 0) * self.tempo.step_seconds
 
     # -- rules
+
+    def _snapshot(self, p: int) -> Snapshot:
+        view = self.fragments[p]
+        return Snapshot(p, view.version, self.tokens - view.counted_tokens, self.steps - view.counted_steps)
+
+    def _wait(self, p: int) -> Action:
+        """Waits for fragment `p`, unless somebody waits for this site: two sites that wait for each other would do so
+        until a deadline. A round that this site has seen the version of is over, whatever older orders say of it."""
+        for q, version in self.awaited:
+            view = self.fragments[q]
+            if view.version < version and self._at_rest(view) and not view.complete:
+                return self._snapshot(q)
+        return Wait(p)
 
     def _by_snapshot(self) -> list[int]:
         """Fragments that have something on its way or here, oldest snapshot first."""

@@ -11,8 +11,8 @@ import pytest
 
 from shared.errors import ConfigError, RefusedError
 from shared.fragments import digest_flat
-from site_agent.agent import Agent
-from site_agent.courier import Anchor
+from site_agent.agent import Agent, Stopped
+from site_agent.courier import Anchor, Stop
 from tests.support.live import TOY, live, run_config, site_config, train
 
 TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(2000))
@@ -133,6 +133,40 @@ def test_a_damaged_anchor_is_repaired_and_counted_never_trained_on(tmp_path: Pat
     assert damaged.courier.repairs == 1
     for (p, version), anchor in damaged.seen.items():
         assert digest_flat(anchor.flat, layout.fragments[p].chunks()) == published[p, version]
+
+
+def test_a_stopped_site_goes_on_from_its_checkpoint(tmp_path: Path, text: Path) -> None:
+    """Stopped in the middle and started again: it continues its step count and its data, and the run ends well."""
+    config = run_config(small_run(text, run={"tokens": 30_000}))
+
+    class Stopping(Agent):
+        def _step(self) -> None:
+            super()._step()
+            if self.core.steps == 20:
+                self.position = self.stream.state_dict()
+                self.courier.events.put(Stop(15))
+
+    with live(config, tmp_path / "state") as served:
+        other = threading.Thread(target=Agent(site_config("b", served.url, tmp_path)).run)
+        other.start()
+        first = Stopping(site_config("a", served.url, tmp_path))
+        with pytest.raises(Stopped):
+            first.run()
+        second = Agent(site_config("a", served.url, tmp_path))
+        begun: list[tuple[int, Any]] = []
+        resume = second._resume
+
+        def resuming(*args: Any) -> None:
+            resume(*args)
+            begun.append((second.core.steps, second.stream.state_dict()))
+
+        second._resume = resuming  # type: ignore[method-assign]
+        second.run()
+        other.join()
+        assert served.coordinator.core.finished
+        assert served.coordinator.reader.contributions() == []
+    assert begun == [(20, first.position)]
+    assert second.courier.repairs == 0
 
 
 def test_a_task_with_another_layout_is_refused_by_tensor_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shared.protocol import (
     MESSAGE_BYTES,
     PART_BYTES,
     PROTOCOL,
+    AwaitedRound,
     Code,
     Evaluation,
     FragmentVersion,
@@ -32,7 +33,17 @@ from shared.protocol import (
 )
 
 SHARD = ShardMessage(index=1, count=4, seed=9)
-ORDERS = Orders(started=True, finished=False, sites=3, pace=3.75, shard=SHARD, tokens=10**15, evaluate=False)
+AWAITED = AwaitedRound(fragment=0, version=7)
+ORDERS = Orders(
+    started=True,
+    finished=False,
+    sites=3,
+    pace=3.75,
+    shard=SHARD,
+    tokens=10**15,
+    evaluate=False,
+    awaited=[AWAITED],
+)
 VERSION = FragmentVersion(version=5, digest="0" * 32, tokens=1000, contributed=-1)
 EVALUATION = Evaluation(tokens=5, loss=1.25)
 HEARTBEAT = Heartbeat(
@@ -68,6 +79,7 @@ MESSAGES: list[Message] = [
     SHARD,
     Join(protocol=PROTOCOL, site="eu-west", software={"torch": "2.6"}),
     VERSION,
+    AWAITED,
     ORDERS,
     JOINED,
     Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0),

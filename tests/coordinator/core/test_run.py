@@ -466,3 +466,26 @@ def test_a_site_that_never_got_ready_has_no_part_of_the_data() -> None:
     core = training("a", "b")
     core.join("typo", "typo", 1.0)
     assert [core.shard(site) for site in ("a", "b")] == [(0, 2), (1, 2)]
+
+
+# ---- sites that are out of step
+
+
+def test_a_round_that_was_opened_first_waits_for_the_site_that_contributed_to_a_later_one() -> None:
+    core = training("a", "b")
+    contribute(core, "a", 0, now=1.0)
+    assert core.awaited("a") == core.awaited("b") == [], "b is on its way, and waits for nothing"
+    contribute(core, "b", 1, now=2.0)
+    assert core.awaited("b") == [(0, 1)]
+    assert core.awaited("a") == [], "a waits for b, and never both for each other"
+    (close,) = contribute(core, "b", 0, now=3.0)
+    assert core.awaited("b") == []
+    publish(core, close)
+    assert core.awaited("a") == []
+
+
+def test_rounds_that_were_opened_at_the_same_time_are_served_in_order_of_fragment() -> None:
+    core = training("a", "b")
+    contribute(core, "a", 1)
+    contribute(core, "b", 0)
+    assert (core.awaited("a"), core.awaited("b")) == ([(0, 1)], [])

@@ -370,3 +370,41 @@ def test_the_budget_is_counted_from_the_snapshot_that_a_version_holds() -> None:
     deliver(core, 0, 1, tokens=180)  # the run merged three times what this site sent
     take_up(core)
     assert core.fragments[0].progress.estimate(core.tokens) == 180 + 3 * 20
+
+
+# ---- sites that are out of step
+
+
+def test_a_site_that_waits_contributes_early_to_a_round_that_waits_for_it() -> None:
+    core = site(1)
+    train(core, 3)
+    take(core)
+    core.awaited = [(1, 1)]
+    train(core)
+    assert take(core) == Snapshot(fragment=1, base_version=0, tokens=40, steps=4)
+    assert core.next_action() == Wait(0), "and only once"
+    deliver(core, 0, 1)
+    deliver(core, 1, 1)
+    take_up(core)
+    train(core)
+    assert take_up(core) == Align(1, 1, "align")
+    train(core)
+    assert take(core) == Snapshot(fragment=1, base_version=1, tokens=20, steps=2), "its own time has come as well"
+
+
+def test_a_site_that_need_not_wait_keeps_its_schedule() -> None:
+    core = site("unbounded")
+    train(core, 3)
+    take(core)
+    core.awaited = [(1, 1)]
+    train(core, 3)
+    assert take(core) == Snapshot(fragment=1, base_version=0, tokens=60, steps=6)
+
+
+def test_a_round_whose_version_is_here_is_over_whatever_older_orders_say() -> None:
+    core = site(0)
+    core.awaited = [(0, 1), (1, 1)]
+    core.fragments[1].version = 1
+    train(core, 3)
+    take(core)
+    assert core.next_action() == Wait(0)
