@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from coordinator.core.rounds import Contribution
@@ -28,6 +28,9 @@ from shared.wire import Header, container_bound, open_container
 
 LARGEST_NORM = 1e18
 """A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
+
+SPOOL_BYTES = 256 << 10
+"""What an upload in progress may hold in memory before it is written."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,26 @@ class Intake:
                 raise Refused(
                     Code.BAD_REQUEST, f"a body of {len(message.body)} bytes where {message.size} were announced"
                 )
-            await self._spool(upload, 0, message.body)
+            await self._write(upload, 0, 0, message.body)
+            upload.parts.add(0)
             outcome = await self.commit(site, id_)
         return Upload(id=id_, part_size=PART_BYTES, parts=sorted(upload.parts), outcome=outcome)
 
-    async def put_part(self, site: str, id_: str, part: int, data: bytes) -> None:
-        """Stores one part; the same part again does no harm."""
+    async def put_part(self, site: str, id_: str, part: int, pieces: AsyncIterator[bytes]) -> None:
+        """Stores one part as it comes in, so that many slow links at once take no memory to speak of; the same part
+        again does no harm."""
         upload = self._upload(site, id_)
         if not 0 <= part < upload.part_count:
             raise Refused(Code.BAD_REQUEST, f"part {part} of an upload of {upload.part_count} parts")
         _, size = upload.part_range(part)
-        if len(data) != size:
-            raise Refused(Code.BAD_REQUEST, f"part {part} has {len(data)} bytes and must have {size}")
-        await self._spool(upload, part, data)
+        written = 0
+        async for data in _gathered(pieces, SPOOL_BYTES):
+            if written + len(data) <= size:
+                await self._write(upload, part, written, data)
+            written += len(data)
+        if written != size:
+            raise Refused(Code.BAD_REQUEST, f"part {part} has {written} bytes and must have {size}")
+        upload.parts.add(part)
 
     async def commit(self, site: str, id_: str) -> Outcome:
         """Accepts or refuses a finished upload; may be asked again, and then answers the same."""
@@ -190,13 +200,25 @@ class Intake:
         if self._uploads.get(upload.id) is not upload:
             raise Refused(Code.UNKNOWN_UPLOAD, f"upload {upload.id} is no longer open; open it again")
 
-    async def _spool(self, upload: SpooledUpload, part: int, data: bytes) -> None:
-        """Writes a part that is not here yet."""
+    async def _write(self, upload: SpooledUpload, part: int, at: int, data: bytes) -> None:
+        """Writes `data` at `at` of a part, unless the part is here already or the upload no longer open."""
         async with upload.lock:
             if part in upload.parts or self._uploads.get(upload.id) is not upload:
                 return
+            offset, _ = upload.part_range(part)
             try:
-                await self._workers.on(self._workers.screeners, upload.write, part, data)
+                await self._workers.on(self._workers.screeners, upload.write, offset + at, data)
             except OSError as error:
                 raise self._workers.storage_refusal(error) from error
-            upload.parts.add(part)
+
+
+async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
+    """The same bytes in pieces of at least `size`, but for the last one."""
+    held = bytearray()
+    async for piece in pieces:
+        held += piece
+        if len(held) >= size:
+            yield bytes(held)
+            held.clear()
+    if held:
+        yield bytes(held)

@@ -49,9 +49,8 @@ class SpooledUpload:
     def complete(self) -> bool:
         return len(self.parts) == self.part_count
 
-    def write(self, part: int, data: bytes) -> None:
-        """Writes a whole part at its place. Raises OSError. Not synced: the commit does that once."""
-        offset, _ = self.part_range(part)
+    def write(self, offset: int, data: bytes) -> None:
+        """Writes `data` at its place. Raises OSError. Not synced: the commit does that once."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             written = 0

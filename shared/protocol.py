@@ -23,7 +23,9 @@ SITE_HEADER = "Isthmus-Site"
 """Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
 
 PART_BYTES = 4 << 20
-"""A contribution up to this size is one request; a larger one goes in parts of this size."""
+"""A contribution goes in parts of this size, which the coordinator writes to disk as they come in."""
+INLINE_BYTES = 1 << 20
+"""A contribution up to this size is one request, which the coordinator holds in memory."""
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 

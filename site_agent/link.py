@@ -24,8 +24,8 @@ import aiohttp
 
 from shared.errors import ConfigError, FaultError, FormatError, RefusedError
 from shared.protocol import (
+    INLINE_BYTES,
     MEDIA_TYPE,
-    PART_BYTES,
     PROTOCOL,
     SITE_HEADER,
     Code,
@@ -273,7 +273,7 @@ class _Transient(Exception):
 
 def _with_body(opening: OpenUpload, body: bytes) -> OpenUpload:
     """The announcement, with the body in it where that makes one request of the two."""
-    return opening.model_copy(update={"body": body if len(body) <= PART_BYTES else None})
+    return opening.model_copy(update={"body": body if len(body) <= INLINE_BYTES else None})
 
 
 async def _plainly(work: Coroutine[None, None, None]) -> Exception | None:

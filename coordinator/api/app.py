@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
@@ -17,6 +18,7 @@ from coordinator.service import Coordinator
 from coordinator.tokens import check_token
 from shared.config import SITE_NAME
 from shared.protocol import (
+    INLINE_BYTES,
     MEDIA_TYPE,
     MESSAGE_BYTES,
     PART_BYTES,
@@ -57,7 +59,7 @@ class Api:
         c = self._coordinator
         app = web.Application(
             middlewares=[problems(c.metrics, lambda: c.core.roster)],
-            client_max_size=PART_BYTES + MESSAGE_BYTES,
+            client_max_size=PART_BYTES,
         )
         app.on_response_prepare.append(self._before_answer)
         fragment = "/v1/fragments/{fragment:[0-9]{1,9}}/versions/{version:[0-9]{1,15}}"
@@ -116,15 +118,15 @@ class Api:
 
     async def open_upload(self, request: web.Request) -> web.Response:
         site = self._site(request)
-        limit = PART_BYTES + MESSAGE_BYTES
+        limit = INLINE_BYTES + MESSAGE_BYTES
         message = unpack(OpenUpload, await self._body(request, site, limit), limit)
         self._coordinator.check_run(message.run)
         return _message(await self._coordinator.intake.open(site, message))
 
     async def put_part(self, request: web.Request) -> web.Response:
         site = self._site(request)
-        data = await self._body(request, site, PART_BYTES)
-        await self._coordinator.intake.put_part(site, request.match_info["id"], int(request.match_info["part"]), data)
+        pieces = self._pieces(request, site, PART_BYTES)
+        await self._coordinator.intake.put_part(site, request.match_info["id"], int(request.match_info["part"]), pieces)
         return web.Response(status=204)
 
     async def commit(self, request: web.Request) -> web.Response:
@@ -207,22 +209,26 @@ class Api:
             self._coordinator.check_run(run)
 
     async def _body(self, request: web.Request, site: str, limit: int) -> bytes:
-        """The whole body, bounded; every piece that arrives renews the site's lease."""
+        """The whole body, bounded."""
+        return b"".join([piece async for piece in self._pieces(request, site, limit)])
+
+    async def _pieces(self, request: web.Request, site: str, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes in, bounded; every piece renews the site's lease."""
         if (request.content_length or 0) > limit:
             raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
-        body = bytearray()
+        counter, core, read = self._coordinator.metrics.bytes_in, self._coordinator.core, 0
         try:
             async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > limit:
+                read += len(piece)
+                if read > limit:
                     raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
-                self._coordinator.core.bytes_arrived(site, self._coordinator.clock())
+                core.bytes_arrived(site, self._coordinator.clock())
+                if site in core.roster:
+                    counter.labels(site).inc(len(piece))
+                yield piece
         except web.RequestPayloadError as error:
             reason = " ".join(str(error).split())
             raise Refused(Code.BAD_REQUEST, f"the body cannot be read: {reason}") from error
-        if site in self._coordinator.core.roster:
-            self._coordinator.metrics.bytes_in.labels(site).inc(len(body))
-        return bytes(body)
 
     def _immutable(self, request: web.Request, path: Path, digest: str) -> web.StreamResponse:
         """A file that never changes, for caches on the way too; Range and If-None-Match work."""

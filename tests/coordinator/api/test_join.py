@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import FormatError
-from shared.protocol import MESSAGE_BYTES, PART_BYTES, SITE_HEADER, Heartbeat, Join, Leave, OpenUpload, unpack
+from shared.protocol import MESSAGE_BYTES, PART_BYTES, SITE_HEADER, Heartbeat, Join, Leave, OpenUpload, Upload, unpack
 
 GARBAGE = {
     "nothing": b"",
@@ -131,8 +131,10 @@ async def test_a_body_beyond_its_bound_is_refused(fleet: Any, path: str) -> None
 
 async def test_a_part_beyond_its_bound_is_refused(fleet: Any) -> None:
     (site,) = await fleet.trains("eu")
-    path = "/v1/contributions/" + "0" * 32 + "/parts/0"
+    upload = unpack(Upload, (await site.offer(site.body(), inline=False)).body)
+    path = f"/v1/contributions/{upload.id}/parts/0"
     assert (await site.ask("PUT", path, bytes(PART_BYTES + 1))).is_problem(413, "too-large")
+    await goes_on(site)
 
 
 async def test_a_body_without_a_length_ends_at_the_bound_too(fleet: Any) -> None:
@@ -351,8 +353,9 @@ async def test_a_site_that_left_is_out(fleet: Any) -> None:
 async def test_bytes_that_arrive_renew_the_lease(fleet: Any) -> None:
     (site,) = await fleet.trains("eu")
     member = fleet.coordinator.core.members.live["eu"]
+    upload = unpack(Upload, (await site.offer(site.body(), inline=False)).body)
     member.lease_until = before = fleet.coordinator.clock() + 1.0
-    await site.ask("PUT", "/v1/contributions/" + "0" * 32 + "/parts/0", b"bytes")
+    await site.ask("PUT", f"/v1/contributions/{upload.id}/parts/0", b"bytes")
     assert member.lease_until > before
 
 

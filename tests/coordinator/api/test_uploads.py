@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from coordinator.api.errors import STATUS
 from coordinator.intake import Intake
+from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from shared.codecs import CODECS
 from shared.protocol import Code, Outcome, Upload, unpack
@@ -531,3 +533,37 @@ async def test_values_so_large_that_the_step_overflows_do_not_end_the_run(fleet:
 def test_every_code_has_a_status() -> None:
     assert set(STATUS) == set(Code)
     assert all(400 <= status < 600 for status in STATUS.values())
+
+
+async def test_a_part_is_written_while_it_comes_in(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What many slow links hold in memory at once is a little of each part, not all of it."""
+    monkeypatch.setattr("coordinator.intake.SPOOL_BYTES", 16)
+    (site,) = await fleet.trains("eu")
+    body, on_disk = site.body(), []
+    upload = await opened(site, body)
+    spool = fleet.coordinator.store.uploads / upload.id
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), 10):
+            on_disk.append(spool.stat().st_size if spool.exists() else 0)
+            yield body[at : at + 10]
+
+    await fleet.coordinator.intake.put_part("eu", upload.id, 0, pieces())
+    assert on_disk[:6] == [0, 0, 20, 20, 40, 40]
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_a_part_that_breaks_off_is_not_there_and_comes_again(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x" * (len(body) - 1)
+
+    with pytest.raises(Refused) as refused:
+        await fleet.coordinator.intake.put_part("eu", upload.id, 0, pieces())
+    assert refused.value.code is Code.BAD_REQUEST
+    assert (await commit(site, upload.id)).is_problem(409, "incomplete")
+    assert (await put(site, upload.id, 0, body)).status == 204
+    assert outcome(await commit(site, upload.id)).accepted
