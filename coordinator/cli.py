@@ -121,6 +121,11 @@ def _get(url: str) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             document = json.load(answer)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise FaultError(
+            f"{url} answers {error.code} {error.reason}; name the coordinator's address with --url"
+        ) from None
     except (urllib.error.URLError, http.client.HTTPException, ValueError, OSError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise FaultError(f"no coordinator answers at {url}: {reason}; name its address with --url") from None

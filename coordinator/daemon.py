@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import resource
 import signal
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,19 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
     listen.check()
     tls = listen.ssl_context()
     _allow_many_files()
-    coordinator = await Coordinator.open(config, state, base)
-    # From here on a stop is graceful. Before, a signal just ends the process: recovery can be broken off anywhere.
+    # Before anything is made or read: a port that cannot be had must leave no run behind.
+    sockets = await _bound(listen)
+    # Until a run is open a signal just ends the process: recovery can be broken off anywhere. (Python's own handler
+    # for SIGINT would wait for the thread that recovers.)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        coordinator = await Coordinator.open(config, state, base)
+    except BaseException:
+        for socket_ in sockets:
+            socket_.close()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
@@ -77,11 +89,11 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
     runner = web.AppRunner(api.app(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handle_signals=False)
     try:
         await runner.setup()
-        site = web.TCPSite(runner, listen.host, listen.port, ssl_context=tls)
-        try:
-            await site.start()
-        except OSError as error:
-            raise _cannot_listen(listen, error) from None
+        for socket_ in sockets:
+            try:
+                await web.SockSite(runner, socket_, ssl_context=tls).start()
+            except OSError as error:
+                raise _cannot_listen(listen, error) from None
         await coordinator.start()
         port = runner.addresses[0][1]
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
@@ -98,6 +110,26 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
         coordinator.publication.close()
         await runner.cleanup()
         await coordinator.stop()
+
+
+async def _bound(listen: Listen) -> list[socket.socket]:
+    """Sockets that hold the port at each of the host's addresses; they do not listen yet. Raises ConfigError."""
+    sockets: list[socket.socket] = []
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sockets.append(bound := socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind(address)
+    except OSError as error:
+        for bound in sockets:
+            bound.close()
+        raise _cannot_listen(listen, error) from None
+    return sockets
 
 
 def _allow_many_files() -> None:

@@ -20,7 +20,7 @@ IDLE_SECONDS = 3600.0
 
 def upload_id(opening: OpenUpload) -> str:
     """32 hexadecimal digits that are the same for the same contribution, whoever asks how often."""
-    facts = (opening.run, opening.site, opening.fragment, opening.base_version, opening.digest)
+    facts = (opening.run, opening.site, opening.fragment, opening.base_version, opening.size, opening.digest)
     return sha256("\n".join(str(fact) for fact in facts).encode()).hexdigest()[:32]
 
 

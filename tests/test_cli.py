@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +19,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from coordinator.service import Coordinator
 from coordinator.store.state_dir import StateDir
 from isthmus import app
+from shared.config import load_run
+from shared.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = """
@@ -97,7 +102,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def serve(here: Path, *more: object, state: str = "state") -> Ended:
-    return isthmus("coordinator", "serve", here / "run.toml", "--state", here / state, *more)
+    return isthmus("coordinator", "serve", here / "run.toml", "--state", here / state, "--port", 0, *more)
 
 
 @pytest.fixture
@@ -117,9 +122,13 @@ def closed_port() -> int:
 
 
 @pytest.fixture
-def served(here: Path, taken_port: int) -> Path:
-    """A state directory that belongs to the run `tiny`: a coordinator opened it, and then had no port."""
-    assert_one_sentence(quietly(lambda: serve(here, "--port", taken_port)), 2, "is in use")
+def served(here: Path) -> Path:
+    """A state directory that belongs to the run `tiny`: a coordinator opened it once."""
+
+    async def open_and_stop() -> None:
+        await (await Coordinator.open(load_run(here / "run.toml"), here / "state", here)).stop()
+
+    asyncio.run(open_and_stop())
     return here / "state"
 
 
@@ -210,6 +219,21 @@ def test_initial_weights_that_do_not_fit_are_refused(here: Path) -> None:
 def test_a_port_in_use_is_told(here: Path, taken_port: int) -> None:
     ended = quietly(lambda: serve(here, "--port", taken_port))
     assert_one_sentence(ended, 2, f"port 127.0.0.1:{taken_port} is in use", "--port")
+    assert not (here / "state").exists()
+
+
+def test_an_interrupt_ends_a_start_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery may take minutes, and can be broken off anywhere; Python's own handler would wait for its thread."""
+    before, during = signal.getsignal(signal.SIGINT), []
+
+    async def opening(*_: object) -> None:
+        during.append(signal.getsignal(signal.SIGINT))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Coordinator, "open", opening)
+    assert_one_sentence(serve(here), 2, "enough")
+    assert during == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_host_that_cannot_be_had_is_told(here: Path) -> None:
@@ -266,10 +290,10 @@ def test_a_corrupt_journal_is_a_fault_and_is_left_as_it_is(here: Path) -> None:
     assert (here / "state" / "journal.sqlite").read_bytes() == b"garbage " * 1000
 
 
-def test_a_broken_checkpoint_is_a_fault_that_names_the_file(here: Path, served: Path, taken_port: int) -> None:
+def test_a_broken_checkpoint_is_a_fault_that_names_the_file(here: Path, served: Path) -> None:
     (checkpoint,) = (served / "checkpoints").glob("*.safetensors")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\x77")
-    ended = quietly(lambda: serve(here, "--port", taken_port))
+    ended = quietly(lambda: serve(here))
     assert ended.code == 4
     assert ended.said.splitlines()[-1].startswith("isthmus: checkpoint ")
     assert checkpoint.name in ended.said

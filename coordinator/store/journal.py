@@ -17,32 +17,35 @@ from pathlib import Path
 
 from coordinator.core.rounds import Contribution
 from coordinator.outer.step import OuterRule, Stepped
-from shared.errors import CorruptError
+from shared.errors import ConfigError, CorruptError
 
 SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sites (
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE sites (
     name TEXT PRIMARY KEY, salt BLOB, token_hash BLOB, revoked INTEGER NOT NULL DEFAULT 0, added_at REAL,
     session TEXT, enrolled INTEGER NOT NULL DEFAULT 0, active INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS contributions (
+CREATE TABLE contributions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, site TEXT NOT NULL, fragment INTEGER NOT NULL,
     base_version INTEGER NOT NULL, tokens INTEGER NOT NULL, steps INTEGER NOT NULL, blob TEXT NOT NULL,
     size INTEGER NOT NULL, norm REAL NOT NULL, accepted_at REAL NOT NULL, round INTEGER,
     pruned INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS open_contributions ON contributions (round);
-CREATE TABLE IF NOT EXISTS rounds (
+CREATE INDEX open_contributions ON contributions (round);
+CREATE TABLE rounds (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, fragment INTEGER NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL,
     rule TEXT NOT NULL, contributions TEXT NOT NULL, tokens INTEGER NOT NULL, closed_at REAL NOT NULL,
     published_at REAL, delta TEXT, delta_size INTEGER, published_digest TEXT, master_digest TEXT, momentum_digest TEXT,
     pruned INTEGER NOT NULL DEFAULT 0, UNIQUE (fragment, version)
 );
-CREATE TABLE IF NOT EXISTS evaluations (
+CREATE TABLE evaluations (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, tokens INTEGER NOT NULL, loss REAL NOT NULL,
     at REAL NOT NULL
 );
+INSERT INTO meta VALUES ('schema', '{SCHEMA_VERSION}');
+COMMIT;
 """
 
 
@@ -111,11 +114,14 @@ class Journal:
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(str(found))
-        if not read_only:
-            self._db.executescript(_SCHEMA)
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
-        if (schema := self.meta("schema")) != str(SCHEMA_VERSION):
+        fresh = self._one("SELECT 1 FROM sqlite_master WHERE name = 'meta'") is None
+        if fresh and read_only:
+            raise ConfigError(f"journal {self.path} is empty: no run was started here yet")
+        if not fresh and (schema := self.meta("schema")) != str(SCHEMA_VERSION):
+            # Before the tables are made: another version's journal stays as it is.
             raise CorruptError(f"journal {self.path} has schema {schema}; this version reads {SCHEMA_VERSION}")
+        if fresh:
+            self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
         self._db.close()
