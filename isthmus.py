@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 import coordinator.cli
@@ -12,6 +15,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(coordinator.cli.app, name="coordinator")
 app.add_typer(site_agent.cli.app, name="site")
 lab.cli.add_commands(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"isthmus {version('isthmus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import arguments, copy_bytes_per_second, report
-from coordinator.outer.step import OuterRule, OuterState, Weighted, outer_step, warm_up
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import OuterState, Weighted, outer_step, warm_up
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import Header, encode_flat, open_container, tensor_table
 
@@ -43,7 +44,7 @@ def measure(
     warm_up()
     fragment = _fragment(parameters)
     master = np.random.default_rng(0).standard_normal(fragment.size, dtype=np.float32)
-    state = OuterState(fragment, master, np.zeros_like(master), master.copy())
+    state = OuterState(fragment, master, master.copy())
     rule = OuterRule("nesterov", 0.7, 0.9, publish, 1)
     files = [Path(paths[n % len(paths)]) for n in range(contributions)]
     times, sent = [], 0
@@ -51,7 +52,8 @@ def measure(
         for _ in range(repeats):
             with ExitStack() as stack:
                 weighted = [
-                    Weighted(stack.enter_context(open_container(file, fragment)), 1 / contributions) for file in files
+                    Weighted(stack.enter_context(open_container(file, fragment)), 1 / contributions, 1.0)
+                    for file in files
                 ]
                 began = time.perf_counter()
                 stepped = outer_step(state, weighted, rule, "benchmark", 0, pool)

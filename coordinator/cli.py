@@ -52,6 +52,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON.")] = False,
 ) -> None:
     """Show how a run stands."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url} does not begin with http:// or https://; write it with one of the two")
     document = _get(url.rstrip("/") + "/v1/status")
     if as_json:
         print(json.dumps(document, indent=1))
@@ -134,14 +136,23 @@ def _get(url: str) -> dict[str, Any]:
     return document
 
 
+def _table(left: list[str], right: list[str]) -> Table:
+    """A table with text columns, then columns of numbers."""
+    table = Table(*left)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
 def _show(status: dict[str, Any]) -> None:
     console = Console()
     loss = "–" if status["eval_loss"] is None else f"{status['eval_loss']:.4f}"
+    console.print(f"run [bold]{status['run']}[/]: {status['state']}")
     console.print(
-        f"run [bold]{status['run']}[/]: {status['state']}, {status['tokens']:,} of {status['tokens_budget']:,} tokens, "
-        f"{status['outer_steps']} outer steps, eval loss {loss}"
+        f"{status['tokens']:,} of {status['tokens_budget']:,} tokens, {status['outer_steps']} outer steps, "
+        f"eval loss {loss}"
     )
-    sites = Table("site", "state", "steps", "tokens", "s/step", "pace", "training", "loss")
+    sites = _table(["site", "state"], ["steps", "tokens", "s/step", "pace", "training", "loss"])
     for site in status["sites"]:
         train_loss = "–" if site["loss"] is None else f"{site['loss']:.4f}"
         sites.add_row(
@@ -149,12 +160,13 @@ def _show(status: dict[str, Any]) -> None:
             site["state"],
             f"{site['steps']:,}",
             f"{site['tokens']:,}",
-            f"{site['step_seconds']:.3f}",
-            f"{site['pace']:g}",
+            f"{site['step_seconds']:.3f}" if site["step_seconds"] else "–",
+            "–" if site["pace"] is None else f"{site['pace']:g}",
             f"{site['training_share']:.1%}",
             train_loss,
         )
-    fragments = Table("fragment", "version", "tokens", "parameters", "in the open round")
+    fragments = _table([], ["fragment", "version", "tokens", "parameters"])
+    fragments.add_column("in the open round")
     for fragment in status["fragments"]:
         fragments.add_row(
             str(fragment["fragment"]),
@@ -163,4 +175,17 @@ def _show(status: dict[str, Any]) -> None:
             f"{fragment['parameters']:,}",
             ", ".join(fragment["contributions"]),
         )
-    console.print(sites, fragments)
+    rounds = _table(["round", "closed by", "site: weight, staleness, norm"], ["share", "cosine", "merged norm"])
+    for round_ in status.get("rounds", [])[:8]:
+        members = [
+            f"{c['site']}: {c['weight']:.2f}, {c['staleness']}, {c['norm']:.3g}" for c in round_["contributions"]
+        ]
+        rounds.add_row(
+            f"{round_['fragment']}/{round_['version']}",
+            round_["reason"],
+            "\n".join(members),
+            f"{round_['share']:.2f}",
+            "–" if round_["cosine"] is None else f"{round_['cosine']:+.2f}",
+            "–" if round_["merged_norm"] is None else f"{round_['merged_norm']:.3g}",
+        )
+    console.print(sites, fragments, rounds)

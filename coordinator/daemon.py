@@ -97,6 +97,10 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
         await coordinator.start()
         port = runner.addresses[0][1]
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        if not listen.insecure and not any(site.has_token for site in coordinator.reader.sites()):
+            log.warning(
+                "no site has a token yet, so none can join; isthmus coordinator token add SITE --state %s", state
+            )
         log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", host, port)
         stop = asyncio.create_task(stopped.wait())
         ends: set[asyncio.Future[Any]] = {stop, coordinator.failure}

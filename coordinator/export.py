@@ -44,7 +44,14 @@ def read_states(path: Path) -> Stored:
         checkpoints = store.checkpoints(config.store.keep_checkpoints)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             states = recover(
-                store.layout, store.journal, store.blobs, checkpoints, store.run_id, pool, _leave_unpublished
+                store.layout,
+                store.journal,
+                store.blobs,
+                checkpoints,
+                store.run_id,
+                store.embeddings,
+                pool,
+                _leave_unpublished,
             )
         return Stored(config, store.run_id, store.base, states)
     finally:

@@ -16,8 +16,11 @@ from shared.fragments import F32, Layout, TensorSpec, build_layout
 from shared.task import build_model, load_task
 
 
-def initial_weights(config: RunConfig, base: Path) -> tuple[Layout, list[F32]]:
-    """The layout, and the flat fp32 weights of each fragment. Relative files count from `base`. Raises ConfigError."""
+def initial_weights(config: RunConfig, base: Path) -> tuple[Layout, list[F32], list[str]]:
+    """The layout, the flat fp32 weights of each fragment, and the names of the tensors that are embeddings.
+
+    Relative files in the config count from `base`. Raises ConfigError.
+    """
     task = load_task(config.task.use, config.task.options(), base)
     model = build_model(task, config.run.seed)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -31,7 +34,13 @@ def initial_weights(config: RunConfig, base: Path) -> tuple[Layout, list[F32]]:
     bad = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
     if bad is not None:
         raise ConfigError(f"initial tensor {bad} holds NaN or infinity; start from other weights")
-    return layout, [fragment.flatten(arrays) for fragment in layout.fragments]
+    embedded = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    }
+    embeddings = [name for name, parameter in model.named_parameters() if id(parameter) in embedded]
+    return layout, [fragment.flatten(arrays) for fragment in layout.fragments], embeddings
 
 
 def _fp32(tensor: Tensor) -> F32:

@@ -7,6 +7,7 @@ journal row is committed, and only then is the contribution acknowledged. Every 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from shared.codecs.kernels import square_sum
 from shared.errors import FormatError
 from shared.protocol import PART_BYTES, Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
+
+log = logging.getLogger(__name__)
 
 LARGEST_NORM = 1e18
 """A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
@@ -140,9 +143,16 @@ class Intake:
 
     async def _acknowledge(self, upload: SpooledUpload, screened: Screened) -> Outcome:
         opening, header = upload.opening, screened.header
-        contribution = Contribution(
+        claimed = Contribution(
             upload.id, opening.site, opening.fragment, opening.base_version, header.tokens, header.steps
         )
+        contribution = self._core.credible(claimed)
+        if contribution != claimed:
+            self._metrics.bounded.labels(opening.site, "tokens").inc()
+            log.warning(
+                "site %s claims %d tokens in %d steps, which nothing can train; counted as %d in %d",
+                *(opening.site, claimed.tokens, claimed.steps, contribution.tokens, contribution.steps),
+            )
         await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)
         await self._workers.write(
             self._store.journal.accept, contribution, opening.digest, opening.size, screened.norm, time.time()

@@ -30,6 +30,9 @@ class Metrics:
         )
         self.accepted = Counter("isthmus_contributions_accepted", "Accepted contributions", ["site"], registry=r)
         self.refused = Counter("isthmus_refused", "Refused requests by stable code", ["site", "code"], registry=r)
+        self.bounded = Counter(
+            "isthmus_claims_bounded", "Absurd claims that were bounded", ["site", "what"], registry=r
+        )
         self.staleness = Histogram(
             "isthmus_staleness_versions",
             "Staleness of merged contributions",
@@ -42,6 +45,10 @@ class Metrics:
         )
         self.contribution_norm = Gauge("isthmus_contribution_norm", "L2 norm of the last one", ["site"], registry=r)
         self.merged_norm = Gauge("isthmus_merged_norm", "L2 norm of the last merged Δ", ["fragment"], registry=r)
+        self.cosine = Gauge(
+            "isthmus_contribution_cosine", "Mean cosine between the last merged contributions", ["fragment"], registry=r
+        )
+        self.weight = Gauge("isthmus_contribution_weight", "Weight of the last merged one", ["site"], registry=r)
         self.bytes_in = Counter("isthmus_bytes_in", "Request body bytes", ["site"], registry=r)
         self.bytes_out = Counter("isthmus_bytes_out", "Response body bytes", ["site"], registry=r)
         self.live_sites = Gauge("isthmus_live_sites", "Sites that hold a lease", registry=r)
@@ -83,15 +90,20 @@ class Metrics:
         if report.loss is not None:
             self.site_loss.labels(site).set(report.loss)
 
-    def show_round(self, close: CloseRound, norm: float, merge_seconds: float, publish_seconds: float) -> None:
+    def show_round(
+        self, close: CloseRound, norm: float, cosine: float | None, merge_seconds: float, publish_seconds: float
+    ) -> None:
         """A round that was merged and published."""
         self.merge_seconds.observe(merge_seconds)
         self.publish_seconds.observe(publish_seconds)
         self.merged_norm.labels(close.fragment).set(norm)
         self.rounds.labels(close.reason).inc()
         self.round_sites.observe(len(close.contributions))
-        for contribution in close.contributions:
+        if cosine is not None:
+            self.cosine.labels(close.fragment).set(cosine)
+        for contribution, weight in zip(close.contributions, close.weights, strict=True):
             self.staleness.observe(close.version - 1 - contribution.base_version)
+            self.weight.labels(contribution.site).set(weight)
 
     def show_sizes(self, journal: int, state: int, free: int) -> None:
         """Bytes on disk."""

@@ -18,9 +18,11 @@ from pathlib import Path
 from coordinator.core.membership import Report
 from coordinator.core.rounds import Policy
 from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
+from coordinator.history import History
 from coordinator.intake import Intake
 from coordinator.metrics import Metrics
-from coordinator.outer.step import OuterRule, OuterState, Stepped, warm_up
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import OuterState, Stepped, warm_up
 from coordinator.publication import Publication, Published
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
@@ -59,20 +61,36 @@ def plan_of(config: RunConfig) -> Plan:
             deadline_seconds=rounds.deadline_seconds,
             max_staleness=rounds.max_staleness,
             weighting=rounds.weighting,
+            weight_cap=rounds.weight_cap or None,
+            staleness_decay=rounds.staleness_decay,
         ),
         fragments=rounds.fragments,
         tokens=config.run.tokens,
         steps=config.inner.steps,
-        equal_time=rounds.pacing == "equal-time",
+        equal_time=rounds.pacing != "equal-steps",
         min_sites=config.run.min_sites,
+        batch_size=config.inner.batch_size,
+        follow=rounds.pacing == "follow",
     )
 
 
-def rule_of(config: RunConfig) -> OuterRule:
-    """The outer rule that rounds closed from now on are carried out under."""
+def rule_of(config: RunConfig, close: CloseRound) -> OuterRule:
+    """The outer rule that this round is carried out under."""
     outer, wire = config.outer, config.wire
-    momentum = outer.momentum if outer.optimizer == "nesterov" else 0.0
-    return OuterRule(outer.optimizer, outer.lr, momentum, wire.publish, wire.zstd_level)
+    return OuterRule(
+        optimizer=outer.optimizer,
+        lr=outer.lr,
+        momentum=0.0 if outer.optimizer == "sgd" else outer.momentum,
+        codec=wire.publish,
+        zstd_level=wire.zstd_level,
+        merge=outer.merge,
+        correction=outer.correction,
+        share=close.share if outer.partial == "share" else 1.0,
+        period=close.sites if outer.period == "auto" else int(outer.period),
+        delay_c=outer.delay_c,
+        beta2=outer.beta2,
+        epsilon=outer.epsilon,
+    )
 
 
 class Coordinator:
@@ -92,6 +110,7 @@ class Coordinator:
         self.evaluations = self.reader.evaluations()
         if self.evaluations:
             self.metrics.eval_loss.set(self.evaluations[-1][1])
+        self.history = History(self.reader)
         self.failure: asyncio.Future[None] = asyncio.Future()
         self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
         self.intake = Intake(
@@ -111,6 +130,7 @@ class Coordinator:
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
+        self._absurd: set[str] = set()
 
     # -- life
 
@@ -127,7 +147,7 @@ class Coordinator:
             coordinator = cls(config, store, states, workers)
         except BaseException:
             workers.shutdown()
-            store.close()
+            store.discard()
             raise
         return coordinator
 
@@ -216,16 +236,30 @@ class Coordinator:
             message.repairs,
         )
         await self._carry_out(_allowed(self.core.heartbeat(site, message.session, report, self.clock())))
+        self._note_absurd_speeds()
         self.metrics.show_report(site, report)
         if message.evaluation is not None:
             await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
         return self._orders(site)
+
+    def _note_absurd_speeds(self) -> None:
+        """Counts and names a site whose reported speed pacing has bounded, once until it is believable again."""
+        absurd = set(self.core.absurd_speeds())
+        for site in sorted(absurd - self._absurd):
+            self.metrics.bounded.labels(site, "speed").inc()
+            seconds = self.core.members.live[site].report.step_seconds
+            log.warning("site %s reports %g s an inner step, which is not believable; bounded in pacing", site, seconds)
+        self._absurd = absurd
 
     async def leave(self, site: str, run: str, session: str) -> None:
         """A clean leave: rounds no longer wait for this site."""
         self.check_run(run)
         await self._carry_out(_allowed(self.core.leave(site, session, self.clock())))
         log.info("site %s left", site)
+
+    def known_sites(self) -> set[str]:
+        """The sites that have a token or have taken part: names that a metric may carry."""
+        return self.core.roster | {site.name for site in self.reader.sites()}
 
     def check_run(self, run: str) -> None:
         """Every request names its run. Raises Refused where it is another one."""
@@ -263,7 +297,7 @@ class Coordinator:
                         decision.version,
                         decision.reason,
                         members,
-                        rule_of(self.config),
+                        rule_of(self.config, decision),
                         time.time(),
                     )
                     task = asyncio.create_task(self._merge(decision))
@@ -287,9 +321,10 @@ class Coordinator:
         merged = self.clock()
         digest = await workers.durably(workers.merger, "a delta", self.store.blobs.put, stepped.delta)
         await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, time.time())
+        self.history.add(await workers.on(workers.merger, self.history.read, self._merge_reader, p, version))
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
-        self.publication.publish(p, Published(version, stepped.published_digest, self.core.fragments[p].tokens))
-        self.metrics.show_round(close, stepped.merged_norm, merged - began, self.clock() - began)
+        self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
+        self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - began)
         log.debug("fragment %d is at version %d (%s, %d)", p, version, close.reason, len(close.contributions))
         await self._carry_out(decisions)
         if version % self.config.store.checkpoint_versions == 0:
@@ -300,7 +335,9 @@ class Coordinator:
         if round_ is None:
             raise IsthmusError(f"round {fragment}/{version} is not in the journal")
         state = self._states[fragment]
-        return execute(state, round_, self._merge_reader, self.store.blobs, self.run_id, self.workers.chunks)
+        return execute(
+            state, round_, self._merge_reader, self.store.blobs, self.run_id, self.store.embeddings, self.workers.chunks
+        )
 
     def _checkpoint_all(self) -> None:
         for p in range(len(self._states)):
@@ -350,19 +387,20 @@ class Coordinator:
         return Orders(
             started=self.core.started,
             finished=self.core.finished,
-            sites=max(1, len(self.core.members.live)),
+            peers=self.core.peers(site),
             pace=pace,
             shard=ShardMessage(index=index, count=count, seed=self.config.run.seed),
             tokens=self.core.tokens,
             evaluate=self.core.take_evaluation(site, self.clock()),
             awaited=[AwaitedRound(fragment=p, version=version) for p, version in self.core.awaited(site)],
+            closing=[AwaitedRound(fragment=p, version=version) for p, version in self.core.closing(site)],
         )
 
 
 def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Path) -> list[OuterState]:
     """The fragments' states: of a new run, or recovered."""
 
-    def initial() -> tuple[Layout, list[F32]]:
+    def initial() -> tuple[Layout, list[F32], list[str]]:
         # Imported for a new run only: it needs torch, and nothing else in the daemon does.
         from coordinator.initial import initial_weights
 
@@ -376,7 +414,9 @@ def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Pat
 
     began = time.monotonic()
     checkpoints = store.checkpoints(config.store.keep_checkpoints)
-    states = recover(store.layout, store.journal, store.blobs, checkpoints, store.run_id, workers.chunks, publish)
+    states = recover(
+        store.layout, store.journal, store.blobs, checkpoints, store.run_id, store.embeddings, workers.chunks, publish
+    )
     if strays := store.blobs.sweep(store.journal.needed_blobs()):
         log.info("removed %d blobs that nothing names", strays)
     seconds, versions = time.monotonic() - began, [state.version for state in states]

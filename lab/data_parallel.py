@@ -38,9 +38,18 @@ class Result:
 
 
 def train(
-    config: RunConfig, base: Path, sites: int, tokens: int, progress: Callable[[int], None] = lambda done: None
+    config: RunConfig,
+    base: Path,
+    sites: int,
+    tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+    watch: Callable[[int, int, float], None] | None = None,
+    evaluations: int = 20,
 ) -> Result:
-    """Trains on at least `tokens` tokens with a global batch of `sites` times the site's batch."""
+    """Trains on at least `tokens` tokens with a global batch of `sites` times the site's batch.
+
+    `watch` gets (steps, tokens, held-out loss) about `evaluations` times on the way.
+    """
     task = load_task(config.task.use, config.task.options(), base)
     model = build_model(task, config.run.seed)
     inner, seed = config.inner, config.run.seed
@@ -48,7 +57,7 @@ def train(
     optimizer = build_optimizer(inner, model)
     streams = [task.train_batches(Shard(i, sites, seed), inner.batch_size) for i in range(sites)]
     torch.manual_seed(seed)
-    done = steps = 0
+    done = steps = watched = 0
     began = time.perf_counter()
     model.train()
     while done < tokens:
@@ -60,6 +69,10 @@ def train(
         optimizer.step()
         steps += 1
         progress(done)
+        if watch is not None and done >= watched + tokens // evaluations and done < tokens:
+            watched = done
+            watch(steps, done, held_out_loss(task, model, inner.batch_size) or 0.0)
+            model.train()
     seconds = time.perf_counter() - began
     final = held_out_loss(task, model, inner.batch_size)
     return Result(initial or 0.0, final or 0.0, steps, done, seconds)

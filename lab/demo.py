@@ -150,7 +150,11 @@ def run_demo(sites: int, minutes: float, json_file: Path | None, port: int) -> N
     with tempfile.TemporaryDirectory(prefix="isthmus-demo-") as directory, Fleet(Path(directory)) as fleet:
         # torch makes itself a cache for compiled code as soon as an optimizer steps, used or not.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(fleet.directory / "torchinductor"))
-        results, text = asyncio.run(_demo(console, fleet, sites, minutes, port))
+        try:
+            results, text = asyncio.run(_demo(console, fleet, sites, minutes, port))
+        except KeyboardInterrupt:
+            console.print("stopping every process…")
+            raise
     console.print(result_view(results))
     console.print(f"[bold]The trained model, continuing {PROMPT!r}:[/]")
     console.print(text, markup=False, highlight=False)

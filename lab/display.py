@@ -23,15 +23,17 @@ def progress_view(status: dict[str, Any] | None, seconds: float, traffic: dict[s
         f"{status['state']} · {status['tokens']:,} of {status['tokens_budget']:,} tokens · {rate:,.0f} tokens/s · "
         f"{status['outer_steps']} outer steps · eval loss {loss} · {seconds:.0f} s"
     )
-    sites = Table("site", "state", "inner steps", "s/step", "steps a cycle", "training", "train loss", "up", "down")
+    sites = Table("site", "state")
+    for heading in ("inner steps", "s/step", "steps a cycle", "training", "train loss", "up", "down"):
+        sites.add_column(heading, justify="right")
     for site in status["sites"]:
         up, down = traffic.get(site["name"], (0, 0))
         sites.add_row(
             site["name"],
             site["state"],
             f"{site['steps']:,}",
-            f"{site['step_seconds']:.3f}",
-            f"{site['pace']:.1f}",
+            f"{site['step_seconds']:.3f}" if site["step_seconds"] else "–",
+            "–" if site["pace"] is None else f"{site['pace']:.1f}",
             f"{site['training_share']:.1%}",
             "–" if site["loss"] is None else f"{site['loss']:.3f}",
             _bytes(up),
@@ -39,14 +41,19 @@ def progress_view(status: dict[str, Any] | None, seconds: float, traffic: dict[s
         )
     bar = ProgressBar(total=status["tokens_budget"], completed=min(status["tokens"], status["tokens_budget"]), width=60)
     versions = Text("versions " + " ".join(str(f["version"]) for f in status["fragments"]))
-    return Group(head, bar, sites, versions)
+    # A bar of a fixed width ends without a line of its own; in a grid it is one.
+    line = Table.grid()
+    line.add_row(bar)
+    return Group(head, line, sites, versions)
 
 
 def result_view(results: Results) -> RenderableType:
     """The table that the demo ends with."""
     sent = results.bytes_up + results.bytes_down
     gap = results.eval_loss / results.baseline_eval_loss - 1
-    table = Table("", "Isthmus", "data-parallel", title=f"{len(results.sites)} sites, {results.tokens:,} tokens")
+    table = Table("", title=f"{len(results.sites)} sites, {results.tokens:,} tokens")
+    for heading in ("Isthmus", "data-parallel"):
+        table.add_column(heading, justify="right")
     table.add_row(
         "eval loss before (nats/byte)", f"{results.initial_eval_loss:.3f}", f"{results.initial_eval_loss:.3f}"
     )
@@ -58,7 +65,9 @@ def result_view(results: Results) -> RenderableType:
     )
     table.add_row("outer steps", str(results.outer_steps), "–")
     table.add_row("anchors identical at every site", "yes" if results.anchors_identical else "NO", "–")
-    sites = Table("site", "inner steps", "tokens", "share of time training", "up", "down")
+    sites = Table("site")
+    for heading in ("inner steps", "tokens", "share of time training", "up", "down"):
+        sites.add_column(heading, justify="right")
     for site in results.sites:
         sites.add_row(
             site.name,

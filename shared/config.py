@@ -70,11 +70,25 @@ class InnerTable(_Table):
 
 
 class OuterTable(_Table):
-    optimizer: Literal["nesterov", "sgd"] = "nesterov"
+    optimizer: Literal["nesterov", "sgd", "delayed-nesterov", "adam"] = "nesterov"
     lr: float = Field(0.7, gt=0, description="a number above 0")
     momentum: float = Field(0.9, ge=0, lt=1, description="a number from 0 to below 1")
-    merge: Literal["mean"] = "mean"
-    correction: Literal["none"] = "none"
+    merge: Literal["mean", "rda"] = "mean"
+    correction: Literal["none", "heloco"] = "none"
+    partial: Literal["share", "full"] = "share"
+    period: Literal["auto"] | int = Field(
+        "auto", description='N: "auto" (the sites that train) or a whole number from 1'
+    )
+    delay_c: float = Field(0.0, ge=0, le=1, description="c, a number from 0 to 1/period")
+    beta2: float = Field(0.99, ge=0, lt=1, description="a number from 0 to below 1")
+    epsilon: float = Field(1e-8, gt=0, description="a number above 0")
+
+    @field_validator("period")
+    @classmethod
+    def _period(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("below 1")
+        return value
 
 
 class RoundsTable(_Table):
@@ -85,12 +99,21 @@ class RoundsTable(_Table):
     deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
     max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
     weighting: Literal["uniform", "tokens", "tokens2-per-step"] = "tokens"
+    weight_cap: float = Field(64.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
+    staleness_decay: float = Field(0.0, ge=0, le=10, description="a number from 0 (off)")
     overlap_steps: Literal["auto", "unbounded"] | int = Field(
         2, description='τ: a whole number from 0, "auto" or "unbounded"'
     )
     align: Literal["overwrite", "blend", "carry"] = "carry"
     blend: float = Field(0.5, ge=0, le=1, description="α, a number from 0 to 1")
-    pacing: Literal["equal-steps", "equal-time"] = "equal-time"
+    pacing: Literal["equal-steps", "equal-time", "follow"] = "equal-time"
+
+    @field_validator("weight_cap")
+    @classmethod
+    def _cap(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("below 1")
+        return value
 
     @field_validator("quorum")
     @classmethod
@@ -162,9 +185,11 @@ class RunConfig(_Table):
                 f"[rounds] overlap_steps = {rounds.overlap_steps} reaches the next snapshot of the same fragment: "
                 f"at most {inner.steps - 1} with [inner] steps = {inner.steps}"
             )
-        if outer.optimizer == "sgd" and outer.momentum != 0 and "momentum" in outer.model_fields_set:
+        _check_outer(outer)
+        if rounds.pacing == "follow" and rounds.quorum == "all":
             raise ValueError(
-                '[outer] momentum has no effect with optimizer = "sgd": drop it, or optimizer = "nesterov"'
+                '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
+                'quorum = "all" none is: name a number for quorum, or use "equal-time"'
             )
         if inner.warmup_tokens >= self.run.tokens:
             raise ValueError(
@@ -177,6 +202,37 @@ class RunConfig(_Table):
                 "raise min_sites or lower quorum"
             )
         return self
+
+
+def _check_outer(outer: OuterTable) -> None:
+    """Raises ValueError for settings of [outer] that cannot work together."""
+    stated = outer.model_fields_set
+    if outer.optimizer == "sgd" and outer.momentum != 0 and "momentum" in stated:
+        raise ValueError('[outer] momentum has no effect with optimizer = "sgd": drop it, or optimizer = "nesterov"')
+    if outer.optimizer == "sgd" and outer.correction == "heloco":
+        raise ValueError(
+            '[outer] correction = "heloco" corrects against a momentum, and optimizer = "sgd" has none: '
+            'use "nesterov", "delayed-nesterov" or "adam", or correction = "none"'
+        )
+    for keys, optimizer in ((("period", "delay_c"), "delayed-nesterov"), (("beta2", "epsilon"), "adam")):
+        for key in keys:
+            if key in stated and outer.optimizer != optimizer:
+                raise ValueError(
+                    f'[outer] {key} has no effect with optimizer = "{outer.optimizer}": '
+                    f'drop it, or optimizer = "{optimizer}"'
+                )
+    if isinstance(outer.period, int) and outer.delay_c * outer.period > 1:
+        raise ValueError(
+            f"[outer] delay_c = {outer.delay_c} is more than 1/period: at most {1 / outer.period:g} "
+            f"with period = {outer.period}"
+        )
+    if outer.delay_c > 0 and outer.period == "auto":
+        raise ValueError("[outer] delay_c is bounded by 1/period, and period is not stated: name a number for period")
+    if outer.optimizer == "delayed-nesterov" and "partial" in stated:
+        raise ValueError(
+            '[outer] partial has no effect with optimizer = "delayed-nesterov", which has its own way with rounds of '
+            'few sites: drop it, or optimizer = "nesterov"'
+        )
 
 
 class SiteTable(_Table):

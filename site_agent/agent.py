@@ -23,9 +23,9 @@ import torch
 
 from shared.codecs import warm_up
 from shared.config import RunConfig, SiteConfig, received_run
-from shared.errors import FaultError, IsthmusError
+from shared.errors import FaultError, IsthmusError, RefusedError
 from shared.fragments import F32, Layout, digest_flat
-from shared.protocol import Evaluation, FragmentVersion, Joined, Orders, ShardMessage
+from shared.protocol import Code, Evaluation, FragmentVersion, Joined, Orders, ShardMessage
 from shared.task import BatchStream, Shard, build_model, load_task
 from site_agent import checkpoint
 from site_agent.core.alignment import align, carry
@@ -119,6 +119,12 @@ class Agent:
             self._prepare(joined)
             self._train()
             log.info("the run is finished: %d steps, %d tokens here", self.core.steps, self.core.tokens)
+        except RefusedError as error:
+            if error.code != Code.UNAUTHORIZED:
+                raise
+            file = self.config.site.token_file
+            sent = f"the token in {self.config.path(file)} was sent" if file else "[site] token_file is not set"
+            raise RefusedError(error.code, f"{error.detail} ({sent})") from None
         except torch.OutOfMemoryError as error:
             raise FaultError(
                 f"the device has too little memory: {str(error).splitlines()[0]}; lower [inner] batch_size"
@@ -170,7 +176,7 @@ class Agent:
         self.courier.report = Report("ready", step_seconds=seconds)
         while not self._orders.started:
             self._take_in(self.courier.events.get())
-        self.settings = Settings(run.rounds.overlap_steps, run.run.tokens)
+        self.settings = Settings(run.rounds.overlap_steps, run.run.tokens, run.rounds.quorum == "all")
         if saved is None:
             self._begin(anchors, seconds, joined.fragments)
         else:
@@ -197,7 +203,7 @@ class Agent:
             self.trainer.write(p, anchor.flat)
         versions = [(anchor.version, anchor.tokens) for anchor in anchors]
         pace = self._orders.pace or float(self.run_config.inner.steps)
-        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.sites)
+        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers)
         self.core.tempo.stepped(step_seconds)
         self.snapshots: dict[int, F32] = {}
         self.residuals: dict[int, F32] = {}
@@ -386,6 +392,8 @@ class Agent:
             self.metrics.pace.set(orders.pace)
         self.core.run_finished = orders.finished
         self.core.awaited = [(round_.fragment, round_.version) for round_ in orders.awaited]
+        self.core.closing = [(round_.fragment, round_.version) for round_ in orders.closing]
+        self.core.told(orders.tokens)
         if orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)

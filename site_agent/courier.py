@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from shared.config import received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import CHUNK_ELEMENTS, F32, Fragment, Layout, digest_flat
 from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
@@ -136,6 +137,7 @@ class Courier:
         self._joined: Joined
         self._layout: Layout
         self._upload_codec, self._zstd_level, self._feedback = "fp32", 0, False
+        self._follows = False
         self.repairs = 0
 
     # -- called by the agent's thread
@@ -197,6 +199,7 @@ class Courier:
     async def _begin(self) -> Joined:
         self._link = await Link(self._url, self._who, self._patience, self._count).__aenter__()
         self._joined = await self._link.join(_software(), self._join_patience)
+        self._follows = received_run(self._joined.config).rounds.pacing == "follow"
         self._session = self._joined.session
         self._spawn(self._heartbeats())
         return self._joined
@@ -257,10 +260,11 @@ class Courier:
             if orders != last:
                 self.events.put(Ordered(orders))
                 last = _without_evaluation(orders)
-            waiting = report.state != "training"
-            await asyncio.sleep(
-                READY_HEARTBEAT_SECONDS if waiting else self._joined.lease_seconds / HEARTBEATS_PER_LEASE
-            )
+            pause = self._joined.lease_seconds / HEARTBEATS_PER_LEASE
+            if report.state != "training" or self._follows:
+                # Who wants to join rounds that are about to close must hear of them in time.
+                pause = min(pause, READY_HEARTBEAT_SECONDS)
+            await asyncio.sleep(pause)
 
     def _heartbeat(self, report: Report, evaluation: Evaluation | None) -> Heartbeat:
         return Heartbeat(

@@ -81,7 +81,11 @@ def credentials(
         try:
             token = token_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"[site] token_file: {token_file} cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"[site] token_file: {token_file} cannot be read ({reason}); it holds what "
+                f"`isthmus coordinator token add {site}` printed"
+            ) from None
         if not token or any(c.isspace() for c in token):
             raise ConfigError(f"[site] token_file: {token_file} does not hold one token")
     context = None
@@ -263,6 +267,8 @@ class Link:
             raise ConfigError(f"the coordinator's certificate is not trusted: {error}; see [site] ca") from None
         except aiohttp.InvalidURL:
             raise ConfigError(f"[site] coordinator: {self.url} is not a URL that can be called") from None
+        except aiohttp.ClientConnectorError as error:
+            raise _Transient(error.os_error.strerror or str(error.os_error)) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Transient(str(error) or type(error).__name__) from None
 

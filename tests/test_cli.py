@@ -380,9 +380,33 @@ def test_the_status_of_a_coordinator_that_is_not_there_is_a_fault(closed_port: i
     assert_one_sentence(ended, 4, f"no coordinator answers at http://127.0.0.1:{closed_port}", "--url")
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://", "http://[::1", "ftp://127.0.0.1:1/x"])
-def test_the_status_of_an_address_that_is_none_is_a_fault(url: str) -> None:
-    assert_one_sentence(isthmus("coordinator", "status", "--url", url), 4, "--url")
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [("nonsense", 2), ("127.0.0.1:8470", 2), ("ftp://127.0.0.1:1/x", 2), ("http://", 4), ("http://[::1", 4)],
+)
+def test_the_status_of_an_address_that_is_none_is_told(url: str, code: int) -> None:
+    assert_one_sentence(isthmus("coordinator", "status", "--url", url), code, "--url")
+
+
+def test_a_start_that_is_refused_leaves_nothing(here: Path) -> None:
+    (here / "run.toml").write_text(RUN.replace("fragments = 1", "fragments = 2"))
+    assert serve(here).code == 2
+    assert not (here / "state").exists()
+    (here / "empty").mkdir()
+    assert serve(here, state="empty").code == 2
+    assert list((here / "empty").iterdir()) == []
+
+
+def test_a_start_that_is_refused_keeps_the_tokens_that_were_there(here: Path) -> None:
+    assert isthmus("coordinator", "token", "add", "eu", "--state", here / "state").code == 0
+    (here / "run.toml").write_text(RUN.replace("fragments = 1", "fragments = 2"))
+    assert serve(here).code == 2
+    assert "eu\tvalid" in isthmus("coordinator", "token", "list", "--state", here / "state").out
+
+
+def test_the_program_says_its_version() -> None:
+    ended = isthmus("--version")
+    assert (ended.code, ended.out.split()[0]) == (0, "isthmus")
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"a": 1}', b"\xff"])

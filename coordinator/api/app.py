@@ -58,7 +58,7 @@ class Api:
     def app(self) -> web.Application:
         c = self._coordinator
         app = web.Application(
-            middlewares=[problems(c.metrics, lambda: c.core.roster)],
+            middlewares=[problems(c.metrics, c.known_sites)],
             client_max_size=PART_BYTES,
         )
         app.on_response_prepare.append(self._before_answer)
@@ -82,6 +82,7 @@ class Api:
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/", self.dashboard),
+                web.get("/favicon.ico", self.no_icon),
             ]
         )
         return app
@@ -184,6 +185,10 @@ class Api:
 
     async def dashboard(self, request: web.Request) -> web.StreamResponse:
         return web.FileResponse(DASHBOARD, headers={"Cache-Control": "no-cache"})
+
+    async def no_icon(self, request: web.Request) -> web.Response:
+        """Browsers ask for one with each page; that is no refusal to count."""
+        return web.Response(status=204, headers={"Cache-Control": "public, max-age=86400"})
 
     # -- bounds and rights
 

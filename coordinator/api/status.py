@@ -63,12 +63,14 @@ def status_document(c: Coordinator) -> dict[str, Any]:
             }
             for p, newest in enumerate(c.publication.newest)
         ],
+        "rounds": c.history.rounds,
     }
 
 
 def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
     """A site as it last reported itself; `live` says whether it still holds a lease."""
     member, report = c.core.members.live.get(name), c.core.reports.get(name, Report("preparing"))
+    pace = c.core.pace(name) if member else None
     return {
         "name": name,
         "live": member is not None,
@@ -78,7 +80,7 @@ def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
         "tokens": report.tokens,
         "step_seconds": report.step_seconds,
         "training_share": report.training_share,
-        "pace": round(c.core.pace(name) or c.core.plan.steps, 2),
+        "pace": None if pace is None else round(pace, 2),
         "loss": report.loss,
         "anchor_repairs": report.repairs,
     }

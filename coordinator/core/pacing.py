@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
+
+FASTEST = 64.0
+"""No site is taken to be faster than so many times the lower median of all: one absurd report would otherwise leave the
+others a step a cycle."""
+
+
+def speed_bound(speeds: Mapping[str, float]) -> float:
+    """The largest believable speed among `speeds`."""
+    return FASTEST * statistics.median_low(speeds.values()) if speeds else math.inf
 
 
 def dylu(speeds: Mapping[str, float], steps: int) -> dict[str, int]:
@@ -17,5 +27,7 @@ def paces(speeds: Mapping[str, float], steps: int) -> dict[str, float]:
     A site carries the fraction into its next cycle. Rounded down for good, a site with H = 4 would be early
     by up to a quarter of every cycle and spend it waiting.
     """
+    bound = speed_bound(speeds)
+    speeds = {site: min(speed, bound) for site, speed in speeds.items()}
     fastest = max(speeds.values(), default=0.0)
     return {site: steps * speed / fastest if fastest > 0 else float(steps) for site, speed in speeds.items()}

@@ -8,7 +8,7 @@ nothing of each other.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,13 +33,16 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Policy:
-    """When a round closes. `quorum` None: all sites that train; `grace_seconds` None: measured."""
+    """When a round closes, and how its contributions count. `quorum` None: all sites that train; `grace_seconds` None:
+    measured; `weight_cap` None: none."""
 
     quorum: int | None
     grace_seconds: float | None
     deadline_seconds: float
     max_staleness: int
     weighting: Weighting
+    weight_cap: float | None = None
+    staleness_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,20 +115,40 @@ def grace(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> float:
         return policy.grace_seconds
     if not tempos or round_.opened_at is None or round_.quorum_at is None:
         return 0.0
-    overlap = statistics.median(tempo.overlap for tempo in tempos)
-    sync = statistics.median(tempo.sync for tempo in tempos)
+    # The lower median: one of two sites that reports nonsense must not hold rounds open.
+    overlap = statistics.median_low(tempo.overlap for tempo in tempos)
+    sync = statistics.median_low(tempo.sync for tempo in tempos)
     return GRACE_FACTOR * max(0.0, overlap - (round_.quorum_at - round_.opened_at + sync))
 
 
-def weights(contributions: Sequence[Contribution], weighting: Weighting) -> list[float]:
-    """Weights that sum to 1: equal, by tokens, or by tokens²/steps (Decoupled DiLoCo, arXiv 2604.21428)."""
-    if weighting == "uniform":
+def weights(contributions: Sequence[Contribution], policy: Policy, version: int) -> list[float]:
+    """Weights that sum to 1, in a round that becomes `version`.
+
+    Equal, by tokens, or by tokens²/steps (Decoupled DiLoCo, arXiv 2604.21428); none more than `weight_cap` times the
+    round's lower median; then times (1 + staleness)^−decay.
+    """
+    if policy.weighting == "uniform":
         raw = [1.0] * len(contributions)
-    elif weighting == "tokens":
+    elif policy.weighting == "tokens":
         raw = [float(c.tokens) for c in contributions]
     else:
         raw = [float(c.tokens) ** 2 / max(1, c.steps) for c in contributions]
+    if policy.weight_cap is not None and raw and (middle := statistics.median_low(raw)) > 0:
+        raw = [min(value, policy.weight_cap * middle) for value in raw]
+    raw = [
+        value * (1.0 + max(0, version - 1 - c.base_version)) ** -policy.staleness_decay
+        for value, c in zip(raw, contributions, strict=True)
+    ]
     total = sum(raw)
     if total <= 0:
         return [1.0 / len(contributions)] * len(contributions)
     return [value / total for value in raw]
+
+
+def share(contributions: Sequence[Contribution], expected: Mapping[str, float]) -> float:
+    """The part of a full round that these contributions are worth, above 0 and at most 1: their tokens, against those
+    and what the sites that train and are not among them would bring (`expected`, tokens by site)."""
+    here = {contribution.site for contribution in contributions}
+    brought = float(sum(contribution.tokens for contribution in contributions))
+    missing = sum(tokens for site, tokens in expected.items() if site not in here)
+    return brought / (brought + missing) if brought > 0 else 1.0

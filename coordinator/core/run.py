@@ -7,6 +7,7 @@ reports `published` when a merge is done. All of a run's state that matters can 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,10 @@ from shared.protocol import Code
 EVALUATIONS = 20
 """How often a run's published weights are evaluated over its token budget."""
 EVALUATION_LEASE_SECONDS = 300.0
+ABSURD = 64
+"""A site that claims so many times what others do, or so many cycles in one contribution, is taken at this much."""
+LONGEST_SEQUENCE = 1 << 20
+"""Tokens; bounds what an inner step can hold while there is no other site to compare with."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Plan:
     steps: int
     equal_time: bool
     min_sites: int
+    batch_size: int = 1
+    follow: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class CloseRound:
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
     reason: Reason
+    share: float
+    """The part of a full round that it is worth; see `rounds.share`."""
+    sites: int
+    """How many sites train, the ones in this round included."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,8 @@ class RunCore:
         self.roster: set[str] = set()
         self.reports: dict[str, Report] = {}
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
+        self._cycle_tokens: dict[str, float] = {}
+        self._tokens_per_step: dict[str, float] = {}
         self.started = False
         self.finished = False
         self._evaluated = -1
@@ -133,7 +146,7 @@ class RunCore:
             state.version, state.tokens = version, tokens
         self.roster, self.started, self._evaluated = set(roster), started, evaluated
         for contribution, merged in accepted:
-            self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
+            self._note(contribution)
             if not merged:
                 self.fragments[contribution.fragment].open.add(contribution, self.plan.policy, now)
         for site, session in active:
@@ -210,7 +223,7 @@ class RunCore:
         """The contribution is on disk and in the journal: the version that will hold it, and what follows."""
         state = self.fragments[contribution.fragment]
         self.members.renew(contribution.site, now)
-        self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
+        self._note(contribution)
         target = state.target
         state.open.add(contribution, self.plan.policy, now)
         return target, self._close_due(now)
@@ -287,6 +300,17 @@ class RunCore:
                 lacking.append((p, self.fragments[p].target))
         return lacking[:before]
 
+    def closing(self, site: str) -> list[tuple[int, int]]:
+        """(fragment, version) of the open rounds that have their quorum, lack this site, and are about to close: with
+        pacing = "follow" it may take part with the steps that it has."""
+        if not self.plan.follow:
+            return []
+        return [
+            (p, state.target)
+            for p, state in enumerate(self.fragments)
+            if state.open.quorum_at is not None and site not in state.open.sites
+        ]
+
     @property
     def tokens(self) -> int:
         """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""
@@ -297,11 +321,14 @@ class RunCore:
         site has reported its speed yet (after a restart), and the first to do so is not the fastest."""
         if not self.plan.equal_time:
             return float(self.plan.steps)
-        measured = self.members.in_state("ready", "training")
-        if any(member.report.step_seconds <= 0 for member in measured):
-            return None
-        speeds = {member.site: 1.0 / member.report.step_seconds for member in measured}
-        return max(1.0, pacing.paces(speeds, self.plan.steps)[site]) if site in speeds else None
+        return (self._paces() or {}).get(site)
+
+    def peers(self, site: str) -> float:
+        """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
+        paces = self._paces() or {}
+        if site not in paces:
+            return float(max(1, len(self.members.live)))
+        return max(1.0, sum(paces.values()) / paces[site])
 
     def shard(self, site: str) -> tuple[int, int]:
         """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""
@@ -318,7 +345,43 @@ class RunCore:
         self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
         return True
 
+    def credible(self, contribution: Contribution) -> Contribution:
+        """The contribution with its claimed counts bounded: what no device and no task can do would otherwise end the
+        run or drown every other site's weight. Claims of other sites are the measure, once there are any."""
+        steps = min(contribution.steps, ABSURD * self.plan.steps)
+        others = [rate for site, rate in self._tokens_per_step.items() if site != contribution.site and rate > 0]
+        rate = ABSURD * statistics.median_low(others) if others else self.plan.batch_size * LONGEST_SEQUENCE
+        return replace(contribution, steps=steps, tokens=min(contribution.tokens, int(max(1, steps) * rate)))
+
+    def absurd_speeds(self) -> list[str]:
+        """The sites whose reported speed is bounded in pacing."""
+        speeds = self._speeds()
+        bound = pacing.speed_bound(speeds)
+        return [site for site, speed in speeds.items() if speed > bound]
+
     # -- rules
+
+    def _note(self, contribution: Contribution) -> None:
+        """What is remembered of an accepted contribution."""
+        self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
+        self._cycle_tokens[contribution.site] = float(contribution.tokens)
+        if contribution.steps > 0:
+            self._tokens_per_step[contribution.site] = contribution.tokens / contribution.steps
+
+    def _paces(self) -> dict[str, float] | None:
+        """The pace of each site that is ready or trains; None where one has not measured its speed."""
+        taking_part = [member.site for member in self.members.in_state("ready", "training")]
+        if not self.plan.equal_time:
+            return dict.fromkeys(taking_part, float(self.plan.steps))
+        speeds = self._speeds()
+        if len(speeds) < len(taking_part):
+            return None
+        return {site: max(1.0, pace) for site, pace in pacing.paces(speeds, self.plan.steps).items()}
+
+    def _speeds(self) -> dict[str, float]:
+        """Inner steps per second of the sites that have measured theirs."""
+        measured = self.members.in_state("ready", "training")
+        return {m.site: 1.0 / m.report.step_seconds for m in measured if m.report.step_seconds > 0}
 
     def _all_done(self) -> bool:
         return all(
@@ -358,10 +421,20 @@ class RunCore:
             if reason is None:
                 continue
             contributions = state.open.ordered()
-            weights = rounds.weights(contributions, self.plan.policy.weighting)
             state.merging, state.open = state.target, OpenRound()
             state.merging_tokens = sum(contribution.tokens for contribution in contributions)
-            decisions.append(CloseRound(p, state.merging, tuple(contributions), tuple(weights), reason))
+            sites = {*training, *(contribution.site for contribution in contributions)}
+            decisions.append(
+                CloseRound(
+                    p,
+                    state.merging,
+                    tuple(contributions),
+                    tuple(rounds.weights(contributions, self.plan.policy, state.merging)),
+                    reason,
+                    rounds.share(contributions, {site: self._cycle_tokens.get(site, 0.0) for site in training}),
+                    len(sites),
+                )
+            )
         return decisions
 
     def _tempos(self) -> list[Tempo]:

@@ -15,12 +15,26 @@ _jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
 
 @_jit
-def nesterov(delta: F32, master: F32, momentum: F32, published: F32, lr: np.float32, mu: np.float32, out: F32) -> None:
-    """b ← μb + Δ; Θ ← Θ − η(Δ + μb) (DiLoCo, arXiv 2311.08105); out = Θ − Θ̂."""
+def nesterov(
+    delta: F32,
+    master: F32,
+    momentum: F32,
+    published: F32,
+    lr: np.float32,
+    share: np.float32,
+    decay: np.float32,
+    mix: np.float32,
+    out: F32,
+) -> None:
+    """b ← `decay`·b + `share`·Δ; Θ ← Θ − η(`share`·Δ + `mix`·b); out = Θ − Θ̂.
+
+    With share 1 and decay = mix = μ it is Nesterov's step (DiLoCo, arXiv 2311.08105), bit for bit.
+    """
     for i in range(delta.size):
-        b = mu * momentum[i] + delta[i]
+        g = share * delta[i]
+        b = decay * momentum[i] + g
         momentum[i] = b
-        theta = master[i] - lr * (delta[i] + mu * b)
+        theta = master[i] - lr * (g + mix * b)
         master[i] = theta
         out[i] = theta - published[i]
 
@@ -32,3 +46,89 @@ def sgd(delta: F32, master: F32, published: F32, lr: np.float32, out: F32) -> No
         theta = master[i] - lr * delta[i]
         master[i] = theta
         out[i] = theta - published[i]
+
+
+@_jit
+def delayed(
+    delta: F32,
+    master: F32,
+    momentum: F32,
+    accumulated: F32,
+    published: F32,
+    lr: np.float32,
+    share: np.float32,
+    arrivals: np.float32,
+    mix: np.float32,
+    out: F32,
+) -> None:
+    """Between two momentum updates (Async Local-SGD, arXiv 2401.09135): Δ_acc ← Δ_acc + `arrivals`·g;
+    Θ ← Θ − ε(`mix`·m + `share`·g); out = Θ − Θ̂."""
+    for i in range(delta.size):
+        accumulated[i] += arrivals * delta[i]
+        theta = master[i] - lr * (mix * momentum[i] + share * delta[i])
+        master[i] = theta
+        out[i] = theta - published[i]
+
+
+@_jit
+def delayed_boundary(
+    delta: F32,
+    master: F32,
+    momentum: F32,
+    accumulated: F32,
+    published: F32,
+    lr: np.float32,
+    share: np.float32,
+    arrivals: np.float32,
+    mix: np.float32,
+    beta: np.float32,
+    inverse: np.float32,
+    out: F32,
+) -> None:
+    """The arrival that updates the momentum: m ← βm + (Δ_acc + `arrivals`·g)·`inverse`; Δ_acc ← 0;
+    Θ ← Θ − ε(`mix`·m + `share`·g); out = Θ − Θ̂."""
+    for i in range(delta.size):
+        m = beta * momentum[i] + inverse * (accumulated[i] + arrivals * delta[i])
+        momentum[i] = m
+        accumulated[i] = np.float32(0)
+        theta = master[i] - lr * (mix * m + share * delta[i])
+        master[i] = theta
+        out[i] = theta - published[i]
+
+
+@_jit
+def adam(
+    delta: F32,
+    master: F32,
+    momentum: F32,
+    variance: F32,
+    published: F32,
+    lr: np.float32,
+    beta1: np.float32,
+    beta2: np.float32,
+    epsilon: np.float32,
+    correction1: np.float32,
+    correction2: np.float32,
+    out: F32,
+) -> None:
+    """m ← β₁m + (1−β₁)Δ; v ← β₂v + (1−β₂)Δ²; Θ ← Θ − η·(m/c₁)/(√(v/c₂) + ε) (arXiv 1412.6980; as an outer optimizer
+    2003.00295); out = Θ − Θ̂."""
+    one = np.float32(1)
+    for i in range(delta.size):
+        g = delta[i]
+        m = beta1 * momentum[i] + (one - beta1) * g
+        v = beta2 * variance[i] + (one - beta2) * (g * g)
+        momentum[i] = m
+        variance[i] = v
+        theta = master[i] - lr * ((m / correction1) / (np.sqrt(v / correction2) + epsilon))
+        master[i] = theta
+        out[i] = theta - published[i]
+
+
+@_jit
+def dot(x: F32, y: F32) -> float:
+    """Σ xy in double precision."""
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(x[i]) * np.float64(y[i])
+    return total

@@ -1,86 +1,107 @@
 """One outer step of one fragment: decode and merge K contributions, step the master, encode the delta.
 
-The fragment is walked chunk by chunk; a chunk's sum, Θ, momentum and Θ̂ stay in the cache while all of it
-happens, and contributions are read section by section from disk. So memory does not grow with the
-number of sites, and the cost is one pass over the state. Chunks are independent and run in parallel
-threads (zstd, the kernels and the hash all release the GIL); the result does not depend on how many.
+The fragment is walked chunk by chunk; a chunk's sum, Θ, the optimizer's slots and Θ̂ stay in the cache while
+all of it happens, and contributions are read section by section from disk. So memory does not grow with the
+number of sites. A plain mean is one pass; a correction needs one more over the contributions, for norms and
+angles, and RDA one that sums before the step, because a tensor's length is known only when all of it is there.
+Chunks are independent and run in parallel threads (zstd, the kernels and the hash all release the GIL); the
+result does not depend on how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
+import xxhash
 
 from coordinator.outer import kernels
+from coordinator.outer.optimizers import SLOTS, OuterRule, Update, update_of
+from coordinator.outer.rules import TINY, Combination, Measures, combination, mean_cosine
 from shared.codecs import CODECS
 from shared.codecs import warm_up as warm_up_codecs
-from shared.codecs.kernels import F32, square_sum
+from shared.codecs.kernels import F32, accumulate_fp32, square_sum
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment, combine_digests, digest_chunk, digest_flat
 from shared.wire import Container, Header, pack_container, pack_section, tensor_table
 
-
-@dataclass(frozen=True)
-class OuterRule:
-    """What an outer step does, as the journal records it with each round: a replay must do the same."""
-
-    optimizer: Literal["nesterov", "sgd"]
-    lr: float
-    momentum: float
-    codec: str
-    zstd_level: int
+T = TypeVar("T")
 
 
 @dataclass
 class OuterState:
-    """A fragment's state at the coordinator: flat fp32 vectors of fragment.size elements."""
+    """A fragment's state at the coordinator: flat fp32 vectors of fragment.size elements.
+
+    `slots` are the vectors of the outer optimizer by name, `count` is what it counts (see `optimizers`).
+    """
 
     fragment: Fragment
     master: F32
-    momentum: F32
     published: F32
+    slots: dict[str, F32] = field(default_factory=dict)
+    count: int = 0
     version: int = 0
     tokens: int = 0
     digest: str = ""
 
     @classmethod
     def initial(cls, fragment: Fragment, weights: F32) -> OuterState:
-        """Version 0: Θ = Θ̂ = the initial weights, no momentum."""
+        """Version 0: Θ = Θ̂ = the initial weights, nothing in the optimizer."""
         digest = digest_flat(weights, fragment.chunks())
-        return cls(fragment, weights.copy(), np.zeros_like(weights), weights.copy(), digest=digest)
+        return cls(fragment, weights.copy(), weights.copy(), digest=digest)
 
-    def digests(self) -> tuple[str, str, str]:
-        """Digests of Θ̂, Θ and the momentum."""
+    def digests(self) -> Digests:
+        """Digests of Θ̂, of Θ and of the optimizer's state."""
         chunks = self.fragment.chunks()
-        return (
-            digest_flat(self.published, chunks),
-            digest_flat(self.master, chunks),
-            digest_flat(self.momentum, chunks),
+        slots = {name: digest_flat(values, chunks) for name, values in self.slots.items()}
+        return Digests(
+            digest_flat(self.published, chunks), digest_flat(self.master, chunks), _optimizer_digest(slots, self.count)
         )
+
+    def adopt(self, rule: OuterRule) -> None:
+        """Makes the slots those of the rule's optimizer. What it shares with the one before (the momentum) stays; where
+        it brings something new, counting starts anew."""
+        wanted = SLOTS[rule.optimizer]
+        if set(wanted) != set(self.slots):
+            self.count = 0
+        self.slots = {name: self.slots.get(name, np.zeros_like(self.master)) for name in wanted}
+
+
+@dataclass(frozen=True)
+class Digests:
+    """XXH3-128 of Θ̂, Θ and the optimizer's state, in hexadecimal; a replay must end in the same."""
+
+    published: str
+    master: str
+    optimizer: str
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A contribution ready to merge, with its normalised weight."""
+    """A contribution ready to merge: its normalised weight, and its L2 norm as it was screened."""
 
     container: Container
     weight: float
+    norm: float
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """A finished outer step: the delta as a container, and the digests of Θ̂, Θ and momentum after it."""
+    """A finished outer step: the delta as a container, and the digests after it.
+
+    `merged_norm` is the length of the merged pseudo-gradient, `cosine` the mean cosine between what was merged
+    (None where there was one contribution).
+    """
 
     version: int
     delta: bytes
-    published_digest: str
-    master_digest: str
-    momentum_digest: str
+    digests: Digests
     tokens: int
     merged_norm: float
+    cosine: float | None
 
 
 def outer_step(
@@ -90,70 +111,207 @@ def outer_step(
     run: str,
     tokens: int,
     executor: Executor,
+    embeddings: Collection[str] = (),
 ) -> Stepped:
     """Moves `state` in place from version v to v+1 and returns the delta that takes any copy of Θ̂ along.
 
-    Contributions are summed in the order given. `tokens` are those that they carry. Raises FormatError or
-    OSError where one cannot be read; `state` is unusable then and must be rebuilt from the journal.
+    Contributions are summed in the order given. `tokens` are those that they carry, `embeddings` names the tensors
+    that are merged by the mean whatever the rule. Raises FormatError or OSError where a contribution cannot be read;
+    `state` is unusable then and must be rebuilt from the journal.
     """
-    fragment, codec = state.fragment, CODECS[rule.codec]
-    lr, mu = np.float32(rule.lr), np.float32(rule.momentum)
-
-    def step_chunk(section: int, chunk: Chunk) -> tuple[bytes, tuple[bytes, bytes, bytes], float]:
-        at = slice(chunk.start, chunk.stop)
-        delta = np.zeros(chunk.size, dtype=np.float32)
-        for weighted in contributions:
-            weighted.container.accumulate(section, weighted.weight, delta)
-        master, momentum, published = state.master[at], state.momentum[at], state.published[at]
-        change = np.empty_like(delta)
-        if rule.optimizer == "nesterov":
-            kernels.nesterov(delta, master, momentum, published, lr, mu, change)
-        else:
-            kernels.sgd(delta, master, published, lr, change)
-        raw = codec.encode(change)
-        codec.accumulate(raw, 1.0, published)
-        digests = (digest_chunk(published), digest_chunk(master), digest_chunk(momentum))
-        return pack_section(raw, rule.zstd_level), digests, square_sum(delta)
-
-    chunks = fragment.chunks()
-    done = list(executor.map(step_chunk, range(len(chunks)), chunks))
-    published_digest, master_digest, momentum_digest = (
-        combine_digests(digests[which] for _, digests, _ in done) for which in range(3)
+    state.adopt(rule)
+    merge = _Merge(state, contributions, rule, executor, embeddings)
+    merge.prepare()
+    update, state.count = update_of(rule, state.count, len(contributions))
+    done = merge.over_chunks(lambda section, chunk: _step_chunk(state, merge, update, rule, section, chunk))
+    chunks_of = [section for section, _, _ in done]
+    slots = [combine_digests(digests[2 + n] for _, digests, _ in done) for n in range(len(state.slots))]
+    digests = Digests(
+        combine_digests(digests[0] for _, digests, _ in done),
+        combine_digests(digests[1] for _, digests, _ in done),
+        _optimizer_digest(dict(zip(state.slots, slots, strict=True)), state.count),
     )
     state.version += 1
     state.tokens += tokens
-    state.digest = published_digest
+    state.digest = digests.published
     header = Header(
         kind="delta",
         run=run,
         site="",
-        fragment=fragment.index,
+        fragment=state.fragment.index,
         base_version=state.version - 1,
         version=state.version,
-        digest=published_digest,
+        digest=digests.published,
         codec=rule.codec,
         zstd=rule.zstd_level > 0,
         chunk=CHUNK_ELEMENTS,
-        tensors=tensor_table(fragment),
+        tensors=tensor_table(state.fragment),
         tokens=state.tokens,
         steps=0,
         sizes=[],
     )
+    squares = [square for _, _, square in done]
     return Stepped(
         version=state.version,
-        delta=pack_container(header, [section for section, _, _ in done]),
-        published_digest=published_digest,
-        master_digest=master_digest,
-        momentum_digest=momentum_digest,
+        delta=pack_container(header, chunks_of),
+        digests=digests,
         tokens=tokens,
-        merged_norm=float(sum(squares for _, _, squares in done)) ** 0.5,
+        merged_norm=math.sqrt(math.fsum(squares)),
+        cosine=merge.cosine(squares),
     )
+
+
+def _step_chunk(
+    state: OuterState, merge: _Merge, update: Update, rule: OuterRule, section: int, chunk: Chunk
+) -> tuple[bytes, list[bytes], float]:
+    """Steps one chunk: (packed section of the delta, digests of Θ̂, Θ and each slot, Σ of the merged squares)."""
+    at = slice(chunk.start, chunk.stop)
+    codec, delta = CODECS[rule.codec], merge.merged(section, chunk)
+    master, published = state.master[at], state.published[at]
+    slots = [values[at] for values in state.slots.values()]
+    change = np.empty_like(delta)
+    update(delta, master, slots, published, change)
+    raw = codec.encode(change)
+    codec.accumulate(raw, 1.0, published)
+    digests = [digest_chunk(values) for values in (published, master, *slots)]
+    return pack_section(raw, rule.zstd_level), digests, square_sum(delta)
+
+
+class _Merge:
+    """The merge of one round: which coefficients each tensor gets, and the merged pseudo-gradient chunk by chunk."""
+
+    def __init__(
+        self,
+        state: OuterState,
+        contributions: Sequence[Weighted],
+        rule: OuterRule,
+        executor: Executor,
+        embeddings: Collection[str],
+    ) -> None:
+        self._state, self._contributions, self._rule = state, contributions, rule
+        self._executor, self._embeddings = executor, embeddings
+        self._chunks = state.fragment.chunks()
+        starts = {chunk.start: section for section, chunk in enumerate(self._chunks)}
+        stops = {chunk.stop: section + 1 for section, chunk in enumerate(self._chunks)}
+        self._tensors = [
+            (tensor.name, range(starts[start], stops[stop]))
+            for tensor in state.fragment.tensors
+            for start, stop in [state.fragment.offsets[tensor.name]]
+        ]
+        weights = tuple(contribution.weight for contribution in contributions)
+        norms = tuple(contribution.weight * contribution.norm for contribution in contributions)
+        self._plain = rule.merge == "mean" and rule.correction == "none"
+        self._combinations = [Combination(weights, 0.0, None, norms)]
+        self._tensor_of = [0] * len(self._chunks)
+        self._summed: F32 | None = None
+        self._sum_squares: list[float] = []
+        self._scales: list[np.float32 | None] = [None]
+
+    def over_chunks(self, work: Callable[[int, Chunk], T]) -> list[T]:
+        """`work(section, chunk)` of every chunk, in parallel; the results in order."""
+        return list(self._executor.map(work, range(len(self._chunks)), self._chunks))
+
+    def prepare(self) -> None:
+        """The passes that come before the step, if the rule needs any."""
+        if self._plain:
+            return
+        measured = self.over_chunks(self._measure)
+        weights = [contribution.weight for contribution in self._contributions]
+        self._combinations = []
+        for index, (name, sections) in enumerate(self._tensors):
+            measures = _measures([measured[section] for section in sections], len(weights))
+            self._combinations.append(
+                combination(
+                    self._rule.merge, self._rule.correction, weights, measures, embedding=name in self._embeddings
+                )
+            )
+            for section in sections:
+                self._tensor_of[section] = index
+        self._scales = [None] * len(self._tensors)
+        if any(tensor.length is not None for tensor in self._combinations):
+            self._summed = np.empty(self._state.fragment.size, dtype=np.float32)
+            self._sum_squares = self.over_chunks(self._sum_up)
+            for index, (_, sections) in enumerate(self._tensors):
+                if (length := self._combinations[index].length) is not None:
+                    norm = math.sqrt(math.fsum(self._sum_squares[section] for section in sections))
+                    self._scales[index] = np.float32(length / max(norm, TINY))
+
+    def merged(self, section: int, chunk: Chunk) -> F32:
+        """The merged pseudo-gradient of a chunk, in an array that the caller may keep."""
+        if self._summed is None:
+            return self._sum(section, chunk)
+        delta = self._summed[chunk.start : chunk.stop]
+        if (scale := self._scales[self._tensor_of[section]]) is not None:
+            delta *= scale
+        return delta
+
+    def cosine(self, merged_squares: Sequence[float]) -> float | None:
+        """The mean cosine between what was merged, before RDA brought it to its length."""
+        if self._plain:
+            return mean_cosine(math.fsum(merged_squares), [self._combinations[0].norms])
+        squares, norms, sums = 0.0, [], self._sum_squares or merged_squares
+        for (_, sections), terms in zip(self._tensors, self._combinations, strict=True):
+            # RDA sums directions: at the length that they get, every tensor counts for what it moves.
+            length = 1.0 if terms.length is None else terms.length
+            squares += length**2 * math.fsum(sums[section] for section in sections)
+            norms.append([length * norm for norm in terms.norms])
+        return mean_cosine(squares, norms)
+
+    def _sum(self, section: int, chunk: Chunk) -> F32:
+        delta = np.zeros(chunk.size, dtype=np.float32)
+        terms = self._combinations[self._tensor_of[section]]
+        for contribution, weight in zip(self._contributions, terms.weights, strict=True):
+            contribution.container.accumulate(section, weight, delta)
+        if terms.momentum:
+            momentum = self._state.slots["momentum"][chunk.start : chunk.stop]
+            accumulate_fp32(momentum, np.float32(terms.momentum), delta)
+        return delta
+
+    def _sum_up(self, section: int, chunk: Chunk) -> float:
+        if self._summed is None:
+            raise AssertionError("summed before there is a place for it")
+        delta = self._sum(section, chunk)
+        self._summed[chunk.start : chunk.stop] = delta
+        return float(square_sum(delta))
+
+    def _measure(self, section: int, chunk: Chunk) -> list[tuple[float, float]]:
+        """(Σ Δ², Σ Δ·m) of each contribution in this chunk, and last (Σ m², 0)."""
+        momentum = self._state.slots.get("momentum")
+        here = np.zeros(chunk.size, dtype=np.float32) if momentum is None else momentum[chunk.start : chunk.stop]
+        found = []
+        decoded = np.empty(chunk.size, dtype=np.float32)
+        for contribution in self._contributions:
+            decoded[:] = 0
+            contribution.container.accumulate(section, 1.0, decoded)
+            found.append((float(square_sum(decoded)), float(kernels.dot(decoded, here))))
+        return [*found, (float(square_sum(here)), 0.0)]
+
+
+def _measures(chunks: Sequence[list[tuple[float, float]]], count: int) -> Measures:
+    """A tensor's scalars from those of its chunks."""
+    norms = [math.sqrt(math.fsum(chunk[n][0] for chunk in chunks)) for n in range(count)]
+    momentum = math.sqrt(math.fsum(chunk[count][0] for chunk in chunks))
+    dots = [math.fsum(chunk[n][1] for chunk in chunks) for n in range(count)]
+    cosines = [
+        max(-1.0, min(1.0, dot / (norm * momentum))) if norm * momentum > 0 else 0.0
+        for dot, norm in zip(dots, norms, strict=True)
+    ]
+    return Measures(norms, cosines, momentum)
+
+
+def _optimizer_digest(slots: dict[str, str], count: int) -> str:
+    """XXH3-128 over the names and digests of the slots, and the count."""
+    return xxhash.xxh3_128_hexdigest(repr((sorted(slots.items()), count)).encode())
 
 
 def warm_up() -> None:
     """Compile (or load) every kernel that a step uses, so that no round waits for a compiler."""
     warm_up_codecs()
-    x = np.ones(3, dtype=np.float32)
-    one = np.float32(1)
-    kernels.nesterov(x, x.copy(), x.copy(), x.copy(), one, one, x.copy())
+    x, one = np.ones(3, dtype=np.float32), np.float32(1)
+    kernels.nesterov(x, x.copy(), x.copy(), x.copy(), one, one, one, one, x.copy())
     kernels.sgd(x, x.copy(), x.copy(), one, x.copy())
+    kernels.delayed(x, x.copy(), x.copy(), x.copy(), x.copy(), one, one, one, one, x.copy())
+    kernels.delayed_boundary(x, x.copy(), x.copy(), x.copy(), x.copy(), one, one, one, one, one, one, x.copy())
+    kernels.adam(x, x.copy(), x.copy(), x.copy(), x.copy(), one, one, one, one, one, one, x.copy())
+    kernels.dot(x, x)
+    accumulate_fp32(x, one, x.copy())

@@ -1,4 +1,4 @@
-"""Checkpoints: Θ, momentum and Θ̂ of one fragment in one safetensors file, and a manifest of all that are kept.
+"""Checkpoints: Θ, Θ̂ and the outer optimizer's slots of one fragment in one safetensors file each, and a manifest.
 
 A fragment is checkpointed by itself, right after its own outer step, so that no moment has to write the
 whole model while every round waits. The file's metadata names run, version, tokens and digests, and a file
@@ -16,10 +16,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coordinator.outer.step import OuterState
+from coordinator.outer.step import Digests, OuterState
 from coordinator.store.files import write_durably
 from shared.errors import CorruptError
 from shared.fragments import Fragment
+
+SLOT = "slot."
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,20 @@ class Checkpoints:
         entry = Entry(
             state.fragment.index, state.version, f"p{state.fragment.index:04d}-v{state.version:09d}.safetensors"
         )
-        published, master, momentum = state.digests()
+        digests = state.digests()
         metadata = {
             "run": self.run,
             "fragment": str(entry.fragment),
             "version": str(state.version),
             "tokens": str(state.tokens),
-            "published_digest": published,
-            "master_digest": master,
-            "momentum_digest": momentum,
+            "count": str(state.count),
+            "published_digest": digests.published,
+            "master_digest": digests.master,
+            "optimizer_digest": digests.optimizer,
         }
         metadata["metadata_digest"] = _digest(metadata)
-        tensors = {"master": state.master, "momentum": state.momentum, "published": state.published}
+        tensors = {"master": state.master, "published": state.published}
+        tensors |= {SLOT + name: values for name, values in state.slots.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
         write_durably(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
         mine = [entry, *(e for e in self.entries(entry.fragment) if e.version != entry.version)]
@@ -74,7 +78,7 @@ class Checkpoints:
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in ("master", "momentum", "published")}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         except (OSError, SafetensorError) as error:
             raise CorruptError(f"checkpoint {path} cannot be read: {error}") from None
         if metadata.pop("metadata_digest", None) != _digest(metadata):
@@ -84,14 +88,15 @@ class Checkpoints:
         try:
             state = OuterState(
                 fragment,
-                arrays["master"],
-                arrays["momentum"],
-                arrays["published"],
+                arrays.pop("master"),
+                arrays.pop("published"),
+                {name.removeprefix(SLOT): values for name, values in arrays.items()},
+                int(metadata["count"]),
                 int(metadata["version"]),
                 int(metadata["tokens"]),
                 metadata["published_digest"],
             )
-            expected = (metadata["published_digest"], metadata["master_digest"], metadata["momentum_digest"])
+            expected = Digests(metadata["published_digest"], metadata["master_digest"], metadata["optimizer_digest"])
         except (KeyError, ValueError) as error:
             raise CorruptError(f"checkpoint {path} lacks its metadata: {error}") from None
         if metadata.get("run") != self.run or state.version != entry.version:

@@ -12,14 +12,15 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from coordinator.core.rounds import Contribution
-from coordinator.outer.step import OuterRule, Stepped
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import Digests, Stepped
 from shared.errors import ConfigError, CorruptError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -37,8 +38,8 @@ CREATE INDEX open_contributions ON contributions (round);
 CREATE TABLE rounds (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, fragment INTEGER NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL,
     rule TEXT NOT NULL, contributions TEXT NOT NULL, tokens INTEGER NOT NULL, closed_at REAL NOT NULL,
-    published_at REAL, delta TEXT, delta_size INTEGER, published_digest TEXT, master_digest TEXT, momentum_digest TEXT,
-    pruned INTEGER NOT NULL DEFAULT 0, UNIQUE (fragment, version)
+    published_at REAL, delta TEXT, delta_size INTEGER, published_digest TEXT, master_digest TEXT, optimizer_digest TEXT,
+    merged_norm REAL, cosine REAL, pruned INTEGER NOT NULL DEFAULT 0, UNIQUE (fragment, version)
 );
 CREATE TABLE evaluations (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, tokens INTEGER NOT NULL, loss REAL NOT NULL,
@@ -74,9 +75,13 @@ class StoredRound:
     published_at: float | None
     delta: str | None
     delta_size: int | None
-    published_digest: str | None
-    master_digest: str | None
-    momentum_digest: str | None
+    digests: Digests | None
+    merged_norm: float | None
+    cosine: float | None
+
+    @property
+    def published_digest(self) -> str | None:
+        return None if self.digests is None else self.digests.published
 
 
 @dataclass(frozen=True)
@@ -251,14 +256,15 @@ class Journal:
         with self._transaction("publish"):
             self._db.execute(
                 "UPDATE rounds SET published_at = ?, delta = ?, delta_size = ?, published_digest = ?,"
-                " master_digest = ?, momentum_digest = ? WHERE fragment = ? AND version = ?",
+                " master_digest = ?, optimizer_digest = ?, merged_norm = ?, cosine = ?"
+                " WHERE fragment = ? AND version = ?",
                 (
                     at,
                     delta,
                     len(stepped.delta),
-                    stepped.published_digest,
-                    stepped.master_digest,
-                    stepped.momentum_digest,
+                    *astuple(stepped.digests),
+                    stepped.merged_norm,
+                    stepped.cosine,
                     fragment,
                     stepped.version,
                 ),
@@ -281,6 +287,14 @@ class Journal:
         with self._reading():
             rows = self._db.execute(
                 "SELECT * FROM rounds WHERE fragment = ? AND version > ? ORDER BY version", (fragment, after)
+            ).fetchall()
+        return [_round(row) for row in rows]
+
+    def newest_rounds(self, count: int) -> list[StoredRound]:
+        """The last published rounds of the run, newest first."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT * FROM rounds WHERE published_at IS NOT NULL ORDER BY seq DESC LIMIT ?", (count,)
             ).fetchall()
         return [_round(row) for row in rows]
 
@@ -390,7 +404,11 @@ def _round(row: sqlite3.Row) -> StoredRound:
         published_at=row["published_at"],
         delta=row["delta"],
         delta_size=row["delta_size"],
-        published_digest=row["published_digest"],
-        master_digest=row["master_digest"],
-        momentum_digest=row["momentum_digest"],
+        digests=(
+            None
+            if row["published_at"] is None
+            else Digests(row["published_digest"], row["master_digest"], row["optimizer_digest"])
+        ),
+        merged_norm=row["merged_norm"],
+        cosine=row["cosine"],
     )

@@ -7,7 +7,7 @@ cannot be explained are never trained on. A round that was closed and not publis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from contextlib import ExitStack
 
@@ -25,7 +25,13 @@ Publish = Callable[[StoredRound, Stepped], None]
 
 
 def execute(
-    state: OuterState, round_: StoredRound, journal: Journal, blobs: Blobs, run: str, executor: Executor
+    state: OuterState,
+    round_: StoredRound,
+    journal: Journal,
+    blobs: Blobs,
+    run: str,
+    embeddings: Collection[str],
+    executor: Executor,
 ) -> Stepped:
     """Carries out a journaled round on `state`, from the contributions' blobs. Raises CorruptError."""
     with ExitStack() as stack:
@@ -41,8 +47,8 @@ def execute(
                 container = stack.enter_context(open_container(path, state.fragment))
             except FormatError as error:
                 raise CorruptError(f"blob {path} is not a sound contribution: {error}") from None
-            weighted.append(Weighted(container, weight))
-        return outer_step(state, weighted, round_.rule, run, round_.tokens, executor)
+            weighted.append(Weighted(container, weight, stored.norm))
+        return outer_step(state, weighted, round_.rule, run, round_.tokens, executor, embeddings)
 
 
 def recover(
@@ -51,12 +57,13 @@ def recover(
     blobs: Blobs,
     checkpoints: Checkpoints,
     run: str,
+    embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
 ) -> list[OuterState]:
     """The state of every fragment as the journal has it; `publish` gets a round that was left unpublished."""
     return [
-        _recover_fragment(fragment, journal, blobs, checkpoints, run, executor, publish)
+        _recover_fragment(fragment, journal, blobs, checkpoints, run, embeddings, executor, publish)
         for fragment in layout.fragments
     ]
 
@@ -67,6 +74,7 @@ def _recover_fragment(
     blobs: Blobs,
     checkpoints: Checkpoints,
     run: str,
+    embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
 ) -> OuterState:
@@ -76,14 +84,10 @@ def _recover_fragment(
             raise CorruptError(
                 f"journal {journal.path}: fragment {fragment.index} has version {round_.version} after {state.version}"
             )
-        stepped = execute(state, round_, journal, blobs, run, executor)
+        stepped = execute(state, round_, journal, blobs, run, embeddings, executor)
         if round_.published_at is None:
             publish(round_, stepped)
-        elif (stepped.published_digest, stepped.master_digest, stepped.momentum_digest) != (
-            round_.published_digest,
-            round_.master_digest,
-            round_.momentum_digest,
-        ):
+        elif stepped.digests != round_.digests:
             raise CorruptError(
                 f"version {round_.version} of fragment {fragment.index} came out different when it was executed again; "
                 "a blob or checkpoint was changed: restore the state directory from a backup"

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from shared.config import RunConfig
 from shared.errors import ConfigError, CorruptError
 from shared.fragments import F32, Layout
 
-Initial = Callable[[], tuple[Layout, list[F32]]]
-"""Builds the layout and each fragment's initial weights; called once in a run's life."""
+Initial = Callable[[], tuple[Layout, list[F32], list[str]]]
+"""Builds the layout, each fragment's initial weights and the names of the embeddings; called once in a run's life."""
 
 
 class StateDir:
@@ -32,6 +33,7 @@ class StateDir:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._lock: int | None = None
+        self._made = (False, False)
         if read_only:
             if not (path / "journal.sqlite").is_file():
                 raise ConfigError(f"{path} is not a coordinator's state directory: it has no journal.sqlite")
@@ -45,6 +47,7 @@ class StateDir:
     @classmethod
     def hold(cls, path: Path) -> StateDir:
         """Opens `path` for a coordinator: no other may hold it. Raises ConfigError naming who does."""
+        existed, empty = path.exists(), not (path / "journal.sqlite").exists()
         _make_directory(path)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -64,11 +67,26 @@ class StateDir:
             os.close(descriptor)
             raise
         state._lock = descriptor
+        state._made = (not existed, empty)
         for directory in (state.blobs.directory, state.snapshots):
             directory.mkdir(exist_ok=True)
         shutil.rmtree(state.uploads, ignore_errors=True)
         state.uploads.mkdir()
         return state
+
+    def discard(self) -> None:
+        """Closes it, and removes what opening it made where no run came of it: a refused start leaves nothing."""
+        directory_is_new, was_empty = self._made
+        nothing_came_of_it = was_empty and self.journal.meta("run") is None
+        self.close()
+        if nothing_came_of_it:
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            if directory_is_new:
+                self.path.rmdir()
 
     def close(self) -> None:
         self.journal.close()
@@ -101,6 +119,11 @@ class StateDir:
         except (TypeError, ValueError) as error:
             raise CorruptError(f"journal {self.journal.path} holds no readable layout: {error}") from None
 
+    @cached_property
+    def embeddings(self) -> frozenset[str]:
+        """The tensors that are embeddings; RDA merges them by the mean."""
+        return frozenset(json.loads(self.journal.meta("embeddings") or "[]"))
+
     def initial_digest(self, fragment: int) -> str:
         """The digest of version 0 of a fragment."""
         digests: list[str] = json.loads(self.journal.meta("initial_digests") or "[]")
@@ -124,7 +147,7 @@ class StateDir:
                 self.journal.forget_sessions()
             self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
-        layout, weights = initial()
+        layout, weights, embeddings = initial()
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
         states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, weights, strict=True)]
         checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints)
@@ -137,6 +160,7 @@ class StateDir:
             config=config.model_dump_json(),
             base=str(base.resolve()),
             layout=json.dumps(layout.to_wire()),
+            embeddings=json.dumps(embeddings),
             initial_digests=json.dumps([state.digest for state in states]),
         )
         return True

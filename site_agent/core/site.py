@@ -97,10 +97,12 @@ class FragmentView:
 
 @dataclass(frozen=True)
 class Settings:
-    """`overlap` is τ as configured; `budget` the run's tokens."""
+    """`overlap` is τ as configured; `budget` the run's tokens; `everyone`: rounds wait for all sites, so the course of
+    the run must not depend on when messages arrive."""
 
     overlap: Literal["auto", "unbounded"] | int
     budget: int
+    everyone: bool = True
 
 
 @dataclass
@@ -119,14 +121,18 @@ class SiteCore:
     run_finished: bool = False
     awaited: list[tuple[int, int]] = field(default_factory=list)
     """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run."""
+    closing: list[tuple[int, int]] = field(default_factory=list)
+    """(fragment, version) of rounds that are about to close without this site."""
 
     @classmethod
-    def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, sites: int) -> SiteCore:
-        """A site that starts training: (version, merged tokens) of each fragment, its pace, the number of sites."""
-        views = [FragmentView(version, Progress(tokens, 0, float(sites))) for version, tokens in versions]
+    def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, peers: float) -> SiteCore:
+        """A site that starts training: (version, merged tokens) of each fragment, its pace, and the inner steps that
+        the run takes for each of its own."""
+        views = [FragmentView(version, Progress(tokens, 0, peers)) for version, tokens in versions]
         for view in views:
             view.complete = view.progress.merged >= settings.budget
-        return cls(settings, views, next_cycle(0, pace), pace)
+        merged = max(tokens for _, tokens in versions)
+        return cls(settings, views, next_cycle(0, pace), pace, furthest=float(merged))
 
     # -- the decision
 
@@ -151,6 +157,11 @@ class SiteCore:
             if view.in_flight is not None:
                 return self._wait(p)
             return self._snapshot(p)
+        for p, version in self.closing:
+            view = self.fragments[p]
+            fresh = self._at_rest(view) and view.version == version - 1 and not view.complete
+            if fresh and self.steps > view.counted_steps:
+                return self._snapshot(p)
         return Step()
 
     # -- what the agent has done
@@ -203,6 +214,11 @@ class SiteCore:
         """A version is here."""
         view = self.fragments[fragment]
         view.arrived = Arrived(version, tokens, how)
+
+    def told(self, tokens: int) -> None:
+        """The coordinator has merged so many tokens: the learning rate is at least that far on its schedule."""
+        if not self.settings.everyone:
+            self.furthest = max(self.furthest, float(tokens))
 
     @property
     def overlap_seconds(self) -> float:

@@ -14,10 +14,11 @@ initial weights and has no text.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from shared.task import BatchStream, Shard, Task
-from site_agent.tasks.text import Text, WindowStream, open_text
+from site_agent.tasks.text import Partition, Text, WindowStream, open_text
 
 VOCABULARY = 256
 NORM_EPS = 1e-5
@@ -52,7 +53,7 @@ class ByteLMOptions(BaseModel):
     tie_embeddings: bool = Field(True, description="true or false")
     held_out: float = Field(0.05, gt=0, lt=1, description="the held-out share of the text, between 0 and 1")
     block_bytes: int = Field(16_384, ge=2, le=2**40, description="a whole number above context")
-    partition: Literal["sharded", "local"] = Field("sharded", description='"sharded" or "local"')
+    partition: Partition = Field("sharded", description='"sharded", "contiguous" or "local"')
     eval_batches: int = Field(32, ge=1, le=10**6, description="the most batches in an evaluation, from 1")
 
     @model_validator(mode="after")
@@ -277,5 +278,7 @@ def _sentence(error: ValidationError) -> str:
     key = str(first["loc"][0])
     fields = ByteLMOptions.model_fields
     if key not in fields:
-        return f"[task] {key}: byte-lm has no such key; its keys are {', '.join(fields)}"
-    return f"[task] {key}: {first['input']!r} will not do; give {fields[key].description}"
+        near = difflib.get_close_matches(key, list(fields), n=1)
+        way_out = f'did you mean "{near[0]}"?' if near else f"its keys are {', '.join(fields)}"
+        return f"[task] or [data] {key}: byte-lm has no such key; {way_out}"
+    return f"[task] or [data] {key}: {first['input']!r} will not do; give {fields[key].description}"

@@ -30,6 +30,7 @@ LEAST_BLOCKS = 64
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Partition = Literal["sharded", "contiguous", "local"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Text:
     train: Blocks
     held_out: Blocks
 
-    def training_blocks(self, shard: Shard, partition: Literal["sharded", "local"]) -> Blocks:
-        """The training blocks of `shard`: every `count`-th one, or all of them where the text is the site's own.
+    def training_blocks(self, shard: Shard, partition: Partition) -> Blocks:
+        """The training blocks of `shard`: every `count`-th one; with "contiguous" one run of them, so that every site
+        has texts of its own; with "local" all of them, where the text is the site's own.
 
         Raises ConfigError where there are fewer blocks than shards.
         """
@@ -74,6 +76,10 @@ class Text:
             raise ConfigError(
                 f"[data] paths: {len(self.corpus)} bytes of text make {blocks} training blocks, too few for "
                 f"{shard.count} shards; add text, or set a smaller block_bytes or context"
+            )
+        if partition == "contiguous":
+            return self.train.pick(
+                slice(shard.index * blocks // shard.count, (shard.index + 1) * blocks // shard.count)
             )
         return self.train.pick(slice(shard.index, None, shard.count))
 

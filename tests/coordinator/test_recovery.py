@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from coordinator.core.run import SiteActive
+from coordinator.outer.step import Digests
 from coordinator.refused import Refused
 from coordinator.service import Coordinator
 from coordinator.store.journal import Journal
@@ -49,9 +51,15 @@ class Killer:
             raise Killed
 
 
-def config() -> RunConfig:
+NESTEROV: dict[str, Any] = {}
+DELAYED = {"optimizer": "delayed-nesterov", "period": 3, "merge": "rda", "correction": "heloco"}
+ADAM = {"optimizer": "adam", "lr": 0.1, "momentum": 0.8}
+
+
+def config(outer: dict[str, Any] = NESTEROV) -> RunConfig:
     return run_config(
         {
+            "outer": outer,
             "run": {"name": "killed", "tokens": VERSIONS * len(SITES) * 10, "min_sites": 2},
             "task": {"use": f"{TOY}:Toy"},
             "rounds": {"fragments": 2, "pacing": "equal-steps"},
@@ -153,11 +161,13 @@ async def settled(coordinator: Coordinator, fragment: int, base: int) -> None:
     published.result()
 
 
-async def life(state: Path, sessions: dict[str, str], order: tuple[str, ...]) -> list[tuple[str, str, str]] | None:
-    """One life of a coordinator: the digests of (Θ̂, Θ, momentum) at its end; None where it was killed."""
+async def life(
+    state: Path, sessions: dict[str, str], order: tuple[str, ...], outer: dict[str, Any]
+) -> list[Digests] | None:
+    """One life of a coordinator: the digests of each fragment at its end; None where it was killed."""
     coordinator = None
     try:
-        coordinator = await Coordinator.open(config(), state, state)
+        coordinator = await Coordinator.open(config(outer), state, state)
         await coordinator.start()
         await act_as_sites(coordinator, sessions, order)
         # The last checkpoint is written after the last version is published.
@@ -185,21 +195,26 @@ def killing(monkeypatch: pytest.MonkeyPatch) -> list[Killer]:
     return current
 
 
-def test_a_kill_between_any_two_journal_writes_ends_in_the_same_bits(tmp_path: Path, killing: list[Killer]) -> None:
+@pytest.mark.parametrize(
+    ("outer", "stride"), [(NESTEROV, 1), (DELAYED, 4), (ADAM, 4)], ids=["nesterov", "delayed", "adam"]
+)
+def test_a_kill_between_any_two_journal_writes_ends_in_the_same_bits(
+    tmp_path: Path, killing: list[Killer], outer: dict[str, Any], stride: int
+) -> None:
     counter = Killer(at=-1, after=False)
     killing.append(counter)
-    undisturbed = asyncio.run(life(tmp_path / "calm", {}, SITES))
+    undisturbed = asyncio.run(life(tmp_path / "calm", {}, SITES, outer))
     assert undisturbed is not None
     assert counter.commits > 20
-    for at in range(1, counter.commits + 1):
+    for at in range(1, counter.commits + 1, stride):
         for after in (False, True):
             state = tmp_path / f"{at}-{after}"
             sessions: dict[str, str] = {}
             killing[:] = [Killer(at, after)]
-            assert asyncio.run(life(state, sessions, SITES)) is None, f"commit {at} did not happen"
+            assert asyncio.run(life(state, sessions, SITES, outer)) is None, f"commit {at} did not happen"
             killing.clear()
             # The sites come back in the other order: that must not matter either.
-            assert asyncio.run(life(state, sessions, SITES[::-1])) == undisturbed, (
+            assert asyncio.run(life(state, sessions, SITES[::-1], outer)) == undisturbed, (
                 f"killed at commit {at}, after={after}"
             )
 

@@ -152,6 +152,9 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
         "[rounds]\ngrace_seconds = 1.5",
         '[outer]\noptimizer = "sgd"',
         '[outer]\noptimizer = "sgd"\nmomentum = 0.0',
+        '[outer]\noptimizer = "delayed-nesterov"\nperiod = 4\ndelay_c = 0.25\ncorrection = "heloco"\nmerge = "rda"',
+        '[outer]\noptimizer = "adam"\nbeta2 = 0.9\nepsilon = 1e-6\npartial = "full"',
+        '[rounds]\nquorum = 1\npacing = "follow"\nweight_cap = 0\nstaleness_decay = 0.5',
         "[inner]\nwarmup_tokens = 4_999_999",
         '[inner]\nsteps = 1\n[rounds]\noverlap_steps = 0\nalign = "overwrite"',
         "[wire]\nzstd_level = 0",
@@ -202,7 +205,7 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ),
         ("[wire]\nerror_feedback = 1", "[wire] error_feedback: got 1 (a whole number); true or false would do"),
         ("[outer]\nmomentum = 1.0", "[outer] momentum: got 1.0 (a number); a number from 0 to below 1 would do"),
-        ('[outer]\nmerge = "median"', '[outer] merge: got "median" (text); "mean" would do'),
+        ('[outer]\nmerge = "median"', '[outer] merge: got "median" (text); one of "mean", "rda" would do'),
         ("[rounds]\nquorum = 0", '[rounds] quorum: got 0 (a whole number); "all" or a whole number from 1 would do'),
         ('[rounds]\nquorum = "most"', '[rounds] quorum: got "most" (text); "all" or a whole number from 1 would do'),
         ("[rounds]\nquorum = 2.0", '[rounds] quorum: got 2.0 (a number); "all" or a whole number from 1 would do'),
@@ -236,6 +239,42 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         (
             '[outer]\noptimizer = "sgd"\nmomentum = 0.9',
             '[outer] momentum has no effect with optimizer = "sgd": drop it, or optimizer = "nesterov"',
+        ),
+        (
+            '[outer]\noptimizer = "sgd"\ncorrection = "heloco"',
+            '[outer] correction = "heloco" corrects against a momentum, and optimizer = "sgd" has none: '
+            'use "nesterov", "delayed-nesterov" or "adam", or correction = "none"',
+        ),
+        (
+            "[outer]\nperiod = 4",
+            '[outer] period has no effect with optimizer = "nesterov": drop it, or optimizer = "delayed-nesterov"',
+        ),
+        (
+            "[outer]\nbeta2 = 0.9",
+            '[outer] beta2 has no effect with optimizer = "nesterov": drop it, or optimizer = "adam"',
+        ),
+        (
+            '[outer]\noptimizer = "delayed-nesterov"\nperiod = 4\ndelay_c = 0.5',
+            "[outer] delay_c = 0.5 is more than 1/period: at most 0.25 with period = 4",
+        ),
+        (
+            '[outer]\noptimizer = "delayed-nesterov"\ndelay_c = 0.5',
+            "[outer] delay_c is bounded by 1/period, and period is not stated: name a number for period",
+        ),
+        (
+            '[outer]\noptimizer = "delayed-nesterov"\npartial = "share"',
+            '[outer] partial has no effect with optimizer = "delayed-nesterov", which has its own way with rounds of '
+            'few sites: drop it, or optimizer = "nesterov"',
+        ),
+        (
+            '[rounds]\npacing = "follow"',
+            '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
+            'quorum = "all" none is: name a number for quorum, or use "equal-time"',
+        ),
+        (
+            "[rounds]\nweight_cap = 0.5",
+            "[rounds] weight_cap: got 0.5 (a number); times the round's median weight, a number from 1, or 0: no cap "
+            "would do",
         ),
         (
             "[inner]\nwarmup_tokens = 5_000_000",

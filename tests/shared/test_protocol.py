@@ -37,12 +37,13 @@ AWAITED = AwaitedRound(fragment=0, version=7)
 ORDERS = Orders(
     started=True,
     finished=False,
-    sites=3,
+    peers=1.875,
     pace=3.75,
     shard=SHARD,
     tokens=10**15,
     evaluate=False,
     awaited=[AWAITED],
+    closing=[AWAITED],
 )
 VERSION = FragmentVersion(version=5, digest="0" * 32, tokens=1000, contributed=-1)
 EVALUATION = Evaluation(tokens=5, loss=1.25)

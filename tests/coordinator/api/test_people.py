@@ -62,6 +62,28 @@ async def test_the_run_and_its_versions_can_be_read_by_anyone(fleet: Any) -> Non
     assert versions["fragments"][0]["digest"] == fleet.coordinator.reader.round(0, 1).published_digest
 
 
+async def test_the_status_says_what_the_last_rounds_were_made_of(fleet: Any) -> None:
+    a, b = await fleet.trains("a", "b")
+    await a.contribute(0, 0, value=0.5)
+    await b.contribute(0, 0, value=1.0)
+    await a.published(0, 1)
+    await b.contribute(1, 0)
+    await a.contribute(1, 0)
+    await a.published(1, 1)
+    newest, oldest = (await fleet.get("/v1/status")).json["rounds"]
+    assert (newest["fragment"], newest["version"], oldest["fragment"], oldest["version"]) == (1, 1, 0, 1)
+    assert (oldest["reason"], oldest["share"], oldest["tokens"]) == ("complete", 1.0, 20)
+    assert oldest["cosine"] == pytest.approx(1.0, abs=1e-3)
+    size = fleet.coordinator.layout.fragments[0].size
+    assert [(c["site"], c["staleness"], c["weight"], c["tokens"], c["steps"]) for c in oldest["contributions"]] == [
+        ("a", 0, 0.5, 10, 5),
+        ("b", 0, 0.5, 10, 5),
+    ]
+    norms = [c["norm"] for c in oldest["contributions"]]
+    assert norms == pytest.approx([0.5 * size**0.5, size**0.5], rel=0.02)
+    assert oldest["merged_norm"] == pytest.approx(0.75 * size**0.5, rel=0.02)
+
+
 async def test_events_stream_the_status(fleet: Any) -> None:
     async with fleet.client.get("/v1/events") as answer:
         assert answer.headers["Content-Type"] == "text/event-stream"

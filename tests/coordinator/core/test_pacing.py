@@ -47,3 +47,10 @@ def test_nobody_takes_more_steps_than_the_fastest_and_everyone_at_least_one(
 def test_the_fastest_site_takes_the_whole_h(measured: dict[str, float], steps: int) -> None:
     fastest = max(measured, key=lambda site: measured[site])
     assert paces(measured, steps)[fastest] == pytest.approx(steps, rel=1e-12)
+
+
+@pytest.mark.parametrize("absurd", [1e9, 1e18])
+def test_one_absurd_speed_does_not_leave_the_others_a_step_a_cycle(absurd: float) -> None:
+    given_ = paces({"a": 1.0, "b": 2.0, "liar": absurd}, 128)
+    assert given_ == {"a": 1.0, "b": 2.0, "liar": 128.0}, "64 times the median is as fast as it is believed to be"
+    assert paces({"a": 1.0, "liar": absurd}, 128) == {"a": 2.0, "liar": 128.0}

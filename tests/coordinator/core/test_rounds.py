@@ -19,6 +19,7 @@ from coordinator.core.rounds import (
     closes_by,
     closing,
     grace,
+    share,
     weights,
 )
 
@@ -149,29 +150,36 @@ def test_contributions_of_one_site_merge_in_order_of_their_base() -> None:
 # ---- weights
 
 
+def weighed(sent: list[Contribution], weighting: Weighting, **policy: float) -> list[float]:
+    return weights(sent, replace(ALL, weighting=weighting, **policy), version=1)
+
+
 def test_uniform_weights_are_equal_whatever_the_tokens() -> None:
-    assert weights([contribution("a", tokens=1), contribution("b", tokens=99)], "uniform") == [0.5, 0.5]
+    assert weighed([contribution("a", tokens=1), contribution("b", tokens=99)], "uniform") == [0.5, 0.5]
 
 
 def test_token_weights_are_in_proportion_to_tokens() -> None:
-    assert weights([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens") == [1 / 3, 2 / 3]
+    assert weighed([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens") == [
+        1 / 3,
+        2 / 3,
+    ]
 
 
 def test_the_weighted_mean_of_the_recipe_is_seven_thirds() -> None:
-    one, three = weights([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens")
+    one, three = weighed([contribution("a", tokens=1), contribution("b", tokens=2)], "tokens")
     assert one * 1.0 + three * 3.0 == pytest.approx(7 / 3, rel=1e-15)
 
 
 def test_tokens_squared_per_step_favours_many_tokens_a_step() -> None:
     sent = [contribution("a", tokens=10, steps=1), contribution("b", tokens=20, steps=2)]  # 100 : 200
-    assert weights(sent, "tokens2-per-step") == [1 / 3, 2 / 3]
+    assert weighed(sent, "tokens2-per-step") == [1 / 3, 2 / 3]
     unstepped = [contribution("a", tokens=10, steps=0), contribution("b", tokens=10, steps=1)]
-    assert weights(unstepped, "tokens2-per-step") == [0.5, 0.5]
+    assert weighed(unstepped, "tokens2-per-step") == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "tokens", "tokens2-per-step"])
 def test_contributions_without_tokens_weigh_the_same(weighting: Weighting) -> None:
-    assert weights([contribution("a", tokens=0), contribution("b", tokens=0)], weighting) == [0.5, 0.5]
+    assert weighed([contribution("a", tokens=0), contribution("b", tokens=0)], weighting) == [0.5, 0.5]
 
 
 @given(
@@ -179,6 +187,31 @@ def test_contributions_without_tokens_weigh_the_same(weighting: Weighting) -> No
     st.sampled_from(["uniform", "tokens", "tokens2-per-step"]),
 )
 def test_weights_are_a_convex_combination(sent: list[tuple[int, int]], weighting: Weighting) -> None:
-    found = weights([contribution(f"s{i}", tokens=t, steps=s) for i, (t, s) in enumerate(sent)], weighting)
+    found = weights(
+        [contribution(f"s{i}", tokens=t, steps=s) for i, (t, s) in enumerate(sent)],
+        replace(ALL, weighting=weighting),
+        1,
+    )
     assert all(0 <= weight <= 1 for weight in found)
     assert math.isclose(math.fsum(found), 1.0, rel_tol=1e-12)
+
+
+def test_no_weight_is_more_than_the_cap_times_the_lower_median() -> None:
+    sent = [contribution(site, tokens=tokens) for site, tokens in (("a", 10), ("b", 10**15), ("c", 20))]
+    assert weighed(sent, "tokens", weight_cap=4.0) == [10 / 110, 80 / 110, 20 / 110]
+    assert weighed(sent[:2], "tokens", weight_cap=4.0) == [0.2, 0.8], "one of two that is absurd is not the measure"
+    assert weighed(sent[::2], "tokens", weight_cap=4.0) == [1 / 3, 2 / 3]
+
+
+def test_older_contributions_weigh_less_where_that_is_wanted() -> None:
+    sent = [contribution("a", base=3, tokens=10), contribution("b", base=0, tokens=10)]
+    policy = replace(ALL, staleness_decay=0.5)
+    assert weights(sent, policy, version=4) == [2 / 3, 1 / 3], "(1 + 3)^-1/2 = 1/2"
+    assert weights(sent, ALL, version=4) == [0.5, 0.5]
+
+
+def test_the_share_of_a_full_round_is_by_tokens() -> None:
+    sent = [contribution("a", tokens=30), contribution("b", tokens=10)]
+    assert share(sent, {"a": 7.0, "b": 7.0}) == 1.0, "what came counts, not what was expected of it"
+    assert share(sent, {"a": 30.0, "c": 40.0}) == 0.5
+    assert share([contribution("a", tokens=0)], {"b": 5.0}) == 1.0

@@ -489,3 +489,75 @@ def test_rounds_that_were_opened_at_the_same_time_are_served_in_order_of_fragmen
     contribute(core, "a", 1)
     contribute(core, "b", 0)
     assert (core.awaited("a"), core.awaited("b")) == ([(0, 1)], [])
+
+
+# ---- absurd claims
+
+
+def test_claims_are_measured_by_those_of_the_other_sites() -> None:
+    core = training("a", "b", "c")
+    honest = contribution("a", tokens=100)  # 20 tokens a step
+    assert core.credible(honest) == honest
+    core.accept(honest, 1.0)
+    liar = replace(contribution("b"), tokens=10**15, steps=5)
+    assert core.credible(liar).tokens == 64 * 20 * 5
+    core.accept(core.credible(liar), 1.0)
+    assert core.credible(contribution("c", tokens=100)) == contribution("c", tokens=100)
+    assert core.credible(replace(honest, base_version=1)).tokens == 100, "and the honest one is not bounded by the liar"
+
+
+def test_the_first_claim_of_a_run_is_bounded_by_what_a_step_can_hold() -> None:
+    core = training("a", plan=replace(PLAN, batch_size=2))
+    assert core.credible(replace(contribution("a"), tokens=10**15, steps=1)).tokens == 2 << 20
+    assert core.credible(replace(contribution("a"), tokens=10**15, steps=0)).tokens == 2 << 20
+
+
+def test_no_contribution_holds_more_than_so_many_cycles() -> None:
+    core = training("a")
+    assert core.credible(replace(contribution("a"), steps=10**15)).steps == 64 * PLAN.steps
+
+
+def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
+    core = training("a", "b", "c")
+    assert core.peers("a") == 3, "nothing is measured yet"
+    for site, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
+        core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
+    assert (core.peers("a"), core.peers("c")) == (1.75, 7.0)
+    even = training("a", "b", plan=replace(PLAN, equal_time=False))
+    assert even.peers("a") == 2
+
+
+def test_absurd_speeds_are_named() -> None:
+    core = training("a", "b", "c")
+    for site, seconds in (("a", 1.0), ("b", 0.5), ("c", 1e-9)):
+        core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
+    assert core.absurd_speeds() == ["c"]
+    assert core.pace("a") == 1.0
+    core.heartbeat("c", "c", replace(TRAINING, step_seconds=0.25), 2.0)
+    assert core.absurd_speeds() == []
+    assert core.pace("a") == 12.5
+
+
+# ---- what a round is worth, and who may still join it
+
+
+def quorum_of_one(grace: float = 10.0, *, follow: bool = False) -> Plan:
+    return replace(PLAN, policy=replace(POLICY, quorum=1, grace_seconds=grace), follow=follow)
+
+
+def test_a_round_is_worth_its_part_of_what_all_sites_bring() -> None:
+    core = training("a", "b", plan=quorum_of_one(0.0))
+    (first,) = contribute(core, "a", 0)
+    assert isinstance(first, CloseRound)
+    assert (first.share, first.sites) == (1.0, 2), "nobody knows yet what b will bring"
+    (second,) = contribute(core, "b", 1)
+    assert isinstance(second, CloseRound)
+    assert second.share == 0.5
+
+
+def test_a_round_that_is_about_to_close_can_be_followed() -> None:
+    core = training("a", "b", plan=quorum_of_one(follow=True))
+    assert core.closing("b") == []
+    assert contribute(core, "a", 0) == []
+    assert (core.closing("a"), core.closing("b")) == ([], [(0, 1)])
+    assert training("a", "b", plan=quorum_of_one()).closing("b") == []

@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from coordinator.core.rounds import Contribution
+from coordinator.core.rounds import Contribution, Policy
 from coordinator.core.rounds import weights as weights_of
-from coordinator.outer.step import OuterRule, OuterState, Stepped, Weighted, outer_step
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec, digest_flat
 from shared.wire import Header, encode_flat, open_container, tensor_table
@@ -55,7 +56,8 @@ def sent(flat: F32, fragment: Fragment = SMALL, codec: str = "fp32", weight: flo
         steps=1,
         sizes=[],
     )
-    return Weighted(open_container(encode_flat(header, fragment, flat, 1), fragment), weight)
+    norm = float(np.linalg.norm(flat.astype(np.float64)))
+    return Weighted(open_container(encode_flat(header, fragment, flat, 1), fragment), weight, norm)
 
 
 def states(fragment: Fragment = SMALL) -> OuterState:
@@ -90,7 +92,7 @@ def test_sgd_is_that_of_torch_over_many_steps(pool: ThreadPoolExecutor) -> None:
         optimizer.step()
         step(state, [sent(values(seed))], SGD, pool)
         np.testing.assert_allclose(state.master, parameter.detach().numpy(), rtol=1e-6, atol=1e-6)
-    assert not state.momentum.any()
+    assert state.slots == {}
 
 
 # ---- the merge
@@ -101,7 +103,7 @@ def test_values_1_and_3_with_weights_1_and_2_merge_to_seven_thirds(pool: ThreadP
     rows = [Contribution("x", "a", 0, 0, 1, 1), Contribution("y", "b", 0, 0, 2, 1)]
     merged = [
         sent(np.full(1, value, np.float32), fragment, weight=weight)
-        for value, weight in zip((1.0, 3.0), weights_of(rows, "tokens"), strict=True)
+        for value, weight in zip((1.0, 3.0), weights_of(rows, Policy(None, 0.0, 600.0, 8, "tokens"), 1), strict=True)
     ]
     state = OuterState.initial(fragment, np.full(1, 10.0, np.float32))
     stepped = step(state, merged, replace(SGD, lr=1.0), pool)
@@ -135,7 +137,7 @@ def test_a_contribution_that_is_cut_short_stops_the_step(pool: ThreadPoolExecuto
     whole = sent(values(1))
     flipped = bytearray(whole.container._source.read(0, whole.container._source.size))
     flipped[-1] ^= 1
-    broken = Weighted(open_container(bytes(flipped), SMALL), 1.0)
+    broken = Weighted(open_container(bytes(flipped), SMALL), 1.0, 1.0)
     with pytest.raises(FormatError, match="section 1"):
         step(states(), [whole, broken], NESTEROV, pool)
 
@@ -156,9 +158,9 @@ def test_a_site_that_applies_the_delta_holds_the_published_weights_bit_for_bit(
             delta.add_to(anchor)
         assert anchor.tobytes() == state.published.tobytes()
         assert (header.kind, header.base_version, header.version) == ("delta", version - 1, version)
-        assert header.digest == stepped.published_digest == digest_flat(anchor, SMALL.chunks()) == state.digest
+        assert header.digest == stepped.digests.published == digest_flat(anchor, SMALL.chunks()) == state.digest
         assert (state.version, state.tokens, header.tokens) == (version, 10 * version, 10 * version)
-        assert state.digests() == (stepped.published_digest, stepped.master_digest, stepped.momentum_digest)
+        assert state.digests() == stepped.digests
 
 
 def gap(state: OuterState) -> float:
@@ -191,7 +193,7 @@ def test_the_initial_version_is_published_as_it_is() -> None:
     weights[0] = 0.0
     assert state.master[0] != 0, "a copy, not a view of the caller's array"
     assert state.master.tobytes() == state.published.tobytes()
-    assert not state.momentum.any()
+    assert state.slots == {}
     assert state.version == state.tokens == 0
     assert state.digest == digest_flat(state.published, SMALL.chunks())
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.outer.step import OuterRule, OuterState, outer_step
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import OuterState, outer_step
 from coordinator.store.checkpoint import Checkpoints, Entry
 from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal
@@ -37,8 +38,8 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 def state_at(version: int, fragment: Fragment = FRAGMENT) -> OuterState:
     random = np.random.default_rng(version)
     master, momentum, published = (random.standard_normal(fragment.size).astype(np.float32) for _ in range(3))
-    state = OuterState(fragment, master, momentum, published, version, tokens=10 * version)
-    state.digest = state.digests()[0]
+    state = OuterState(fragment, master, published, {"momentum": momentum}, 3, version, tokens=10 * version)
+    state.digest = state.digests().published
     return state
 
 
@@ -48,8 +49,10 @@ def newest_file(checkpoints: Checkpoints) -> Path:
 
 def assert_same(got: OuterState, wanted: OuterState) -> None:
     assert (got.version, got.tokens, got.digest) == (wanted.version, wanted.tokens, wanted.digest)
-    for name in ("master", "momentum", "published"):
-        assert getattr(got, name).tobytes() == getattr(wanted, name).tobytes()
+    assert (got.count, list(got.slots)) == (wanted.count, list(wanted.slots))
+    assert got.master.tobytes() == wanted.master.tobytes()
+    assert got.published.tobytes() == wanted.published.tobytes()
+    assert all(got.slots[name].tobytes() == wanted.slots[name].tobytes() for name in wanted.slots)
 
 
 def test_a_checkpoint_gives_back_the_same_bits(checkpoints: Checkpoints) -> None:
@@ -204,6 +207,7 @@ def test_recovery_takes_the_checkpoint_before_a_broken_one_and_ends_in_the_same_
         Blobs(tmp_path / "blobs"),
         checkpoints,
         "run-1",
+        (),
         pool,
         lambda *each: published.append(each),
     )
@@ -212,5 +216,5 @@ def test_recovery_takes_the_checkpoint_before_a_broken_one_and_ends_in_the_same_
     first = checkpoints.directory / "p0000-v000000000.safetensors"
     first.write_bytes(b"")
     with pytest.raises(CorruptError, match=first.name):
-        recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", pool, lambda *_: None)
+        recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", (), pool, lambda *_: None)
     journal.close()

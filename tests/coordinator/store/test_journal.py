@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.core.rounds import Contribution
-from coordinator.outer.step import OuterRule, Stepped
+from coordinator.outer.optimizers import OuterRule
+from coordinator.outer.step import Digests, Stepped
 from coordinator.store.journal import Journal, StoredRound
 from shared.errors import CorruptError
 
@@ -42,7 +43,7 @@ def accept(journal: Journal, *sent: Contribution) -> None:
 
 
 def stepped(version: int) -> Stepped:
-    return Stepped(version, b"delta", f"p{version}", f"m{version}", f"b{version}", 10, 1.0)
+    return Stepped(version, b"delta", Digests(f"p{version}", f"m{version}", f"o{version}"), 10, 1.0, 0.5)
 
 
 def merge(journal: Journal, version: int, *sent: Contribution) -> None:
@@ -80,7 +81,19 @@ def test_a_reopened_journal_has_everything(journal: Journal) -> None:
         False,
     )
     assert found.round(0, 1) == StoredRound(
-        0, 1, "quorum", RULE, ((a.id, 0.25), (b.id, 0.75)), 20, 2.0, 3.0, "delta-1", 5, "p1", "m1", "b1"
+        0,
+        1,
+        "quorum",
+        RULE,
+        ((a.id, 0.25), (b.id, 0.75)),
+        20,
+        2.0,
+        3.0,
+        "delta-1",
+        5,
+        Digests("p1", "m1", "o1"),
+        1.0,
+        0.5,
     )
     assert found.rounds(0, after=0) == [found.round(0, 1)]
     assert found.rounds(0, after=1) == found.rounds(1, after=0) == []
@@ -245,10 +258,10 @@ def test_a_damaged_page_is_told_in_one_sentence(journal: Journal) -> None:
 
 
 def test_a_journal_of_another_schema_is_refused(journal: Journal, path: Path) -> None:
-    journal.set_meta(schema="2")
+    journal.set_meta(schema="3")
     journal.close()
     for read_only in (True, False):
-        with pytest.raises(CorruptError, match="has schema 2; this version reads 1") as caught:
+        with pytest.raises(CorruptError, match="has schema 3; this version reads 2") as caught:
             Journal(path, read_only=read_only)
         one_sentence(caught.value, path)
 

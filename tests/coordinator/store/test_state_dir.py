@@ -30,8 +30,8 @@ def config(**tables: dict[str, Any]) -> RunConfig:
     return parse(RunConfig, values, "run.toml")
 
 
-def initial() -> tuple[Layout, list[F32]]:
-    return LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)]
+def initial() -> tuple[Layout, list[F32], list[str]]:
+    return LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)], ["b"]
 
 
 def adopted(path: Path, run: RunConfig) -> str:

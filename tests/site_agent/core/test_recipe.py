@@ -41,7 +41,7 @@ class Site:
 
     def __init__(self, outer: Outer, rule: Rule, alpha: float, overlap: int) -> None:
         self.outer, self.rule, self.alpha = outer, rule, alpha
-        self.core = SiteCore.begin(Settings(overlap, 10**9), [(0, 0)] * FRAGMENTS, float(H), sites=2)
+        self.core = SiteCore.begin(Settings(overlap, 10**9), [(0, 0)] * FRAGMENTS, float(H), peers=2)
         self.theta = [np.ones(1, np.float32) for _ in range(FRAGMENTS)]
         self.anchor = [np.ones(1, np.float32) for _ in range(FRAGMENTS)]
         self.snapshot: dict[int, F32] = {}

@@ -13,7 +13,7 @@ BUDGET = 1_000_000
 
 
 def site(overlap: Overlap, fragments: int = 2, pace: float = 6.0, budget: int = BUDGET, merged: int = 0) -> SiteCore:
-    return SiteCore.begin(Settings(overlap, budget), [(0, merged)] * fragments, pace, sites=2)
+    return SiteCore.begin(Settings(overlap, budget), [(0, merged)] * fragments, pace, peers=2)
 
 
 def train(core: SiteCore, steps: int = 1, seconds: float = 1.0) -> None:
@@ -324,7 +324,7 @@ def test_a_site_that_joins_a_finished_run_is_done_at_once() -> None:
 
 
 def test_a_site_that_joins_late_starts_from_what_is_merged() -> None:
-    core = SiteCore.begin(Settings(0, 1000), [(4, 400), (3, 1000)], 6.0, sites=2)
+    core = SiteCore.begin(Settings(0, 1000), [(4, 400), (3, 1000)], 6.0, peers=2)
     train(core, 3)
     assert take(core) == Snapshot(fragment=0, base_version=4, tokens=30, steps=3)
 
@@ -408,3 +408,38 @@ def test_a_round_whose_version_is_here_is_over_whatever_older_orders_say() -> No
     train(core, 3)
     take(core)
     assert core.next_action() == Wait(0)
+
+
+def test_a_site_follows_a_round_that_is_about_to_close_with_the_steps_that_it_has() -> None:
+    core = site("unbounded")
+    train(core, 1)
+    core.closing = [(1, 1)]
+    assert take(core) == Snapshot(fragment=1, base_version=0, tokens=10, steps=1)
+    deliver(core, 1, 1)
+    take_up(core)
+    train(core, 1)
+    core.closing = [(1, 1), (0, 3)]
+    assert core.next_action() == Step(), "one round is over, and the other is not from the version that it has"
+
+
+def test_a_site_does_not_follow_with_nothing() -> None:
+    core = site("unbounded")
+    core.closing = [(1, 1)]
+    assert core.next_action() == Step()
+
+
+# ---- the budget as the coordinator reports it
+
+
+def test_where_nobody_waits_the_learning_rate_follows_what_the_coordinator_reports() -> None:
+    core = SiteCore.begin(Settings("unbounded", BUDGET, everyone=False), [(0, 0)] * 2, 6.0, peers=2)
+    core.told(5000)
+    assert core.furthest == 5000
+    core.told(4000)
+    assert core.furthest == 5000
+
+
+def test_in_a_full_quorum_run_it_follows_the_versions_alone() -> None:
+    core = site("unbounded")
+    core.told(5000)
+    assert core.furthest == 0

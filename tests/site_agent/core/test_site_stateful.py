@@ -22,7 +22,7 @@ class RandomNews(RuleBasedStateMachine):
         pace=st.sampled_from([0.5, 1.0, 2.5, 3.75, 6.0]),
     )
     def start(self, overlap: Literal["auto", "unbounded"] | int, fragments: int, pace: float) -> None:
-        self.core = SiteCore.begin(Settings(overlap, BUDGET), [(0, 0)] * fragments, pace, sites=2)
+        self.core = SiteCore.begin(Settings(overlap, BUDGET), [(0, 0)] * fragments, pace, peers=2)
         self.overlap, self.now = overlap, 0.0
         self.sent: dict[int, Snapshot] = {}
         self.sent_at: dict[int, int] = {}

@@ -8,7 +8,7 @@ import torch
 
 from shared.errors import ConfigError
 from shared.task import BatchStream, Shard
-from site_agent.tasks.text import Blocks, Text, WindowStream, evenly_spread, open_text, read_corpus
+from site_agent.tasks.text import Blocks, Partition, Text, WindowStream, evenly_spread, open_text, read_corpus
 
 CONTEXT = 15
 WINDOW = CONTEXT + 1
@@ -164,10 +164,21 @@ def test_no_two_shards_share_a_byte() -> None:
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
-def test_shards_together_are_all_training_blocks() -> None:
+@pytest.mark.parametrize("partition", ["sharded", "contiguous"])
+def test_shards_together_are_all_training_blocks(partition: Partition) -> None:
     text = numbered(50)
-    shards = [positions(text.training_blocks(Shard(i, 7), "sharded")) for i in range(7)]
+    shards = [positions(text.training_blocks(Shard(i, 7), partition)) for i in range(7)]
     assert set.union(*shards) == positions(text.train)
+    assert sum(map(len, shards)) == len(positions(text.train))
+
+
+def test_a_contiguous_shard_is_a_run_of_the_text() -> None:
+    text = numbered(50)
+    blocks = text.train
+    first, second = (text.training_blocks(Shard(i, 2), "contiguous") for i in range(2))
+    half = len(blocks.starts) // 2
+    assert first.starts.tolist() == blocks.starts[:half].tolist()
+    assert second.starts.tolist() == blocks.starts[half:].tolist()
 
 
 def test_a_local_partition_uses_all_of_the_sites_own_text() -> None:

@@ -1,0 +1,97 @@
+"""Outer optimizers: which vectors each keeps beside Θ, and one step of each on a chunk.
+
+A rule's scalars are fixed before the pass, so every chunk gets the same step and the chunks may run in any
+order. What a step needs beyond the rule (how many arrivals, how many steps so far) is counted in the state,
+which is in checkpoints and is replayed with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from coordinator.outer import kernels
+from coordinator.outer.rules import Correction, Merge
+from shared.codecs.kernels import F32
+
+Optimizer = Literal["nesterov", "sgd", "delayed-nesterov", "adam"]
+
+SLOTS: dict[Optimizer, tuple[str, ...]] = {
+    "nesterov": ("momentum",),
+    "sgd": (),
+    "delayed-nesterov": ("momentum", "accumulated"),
+    "adam": ("momentum", "variance"),
+}
+"""The vectors of fragment.size fp32 elements that an optimizer keeps, zero at first."""
+
+Update = Callable[[F32, F32, Sequence[F32], F32, F32], None]
+"""(Δ, Θ, slots, Θ̂, out) of one chunk: steps Θ and the slots in place, and writes Θ − Θ̂ to `out`."""
+
+
+@dataclass(frozen=True)
+class OuterRule:
+    """What an outer step does, as the journal records it with each round: a replay must do the same.
+
+    `share` is the part of a full round that this one is worth (see `core.rounds.share`): Nesterov, SGD and Adam then
+    take that part of a step, and the momentum decays by that part. `period` and `delay_c` are N and c of Delayed
+    Nesterov, which has its own way of it; `momentum` is μ, β or β₁, `beta2` and `epsilon` are Adam's.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    momentum: float
+    codec: str
+    zstd_level: int
+    merge: Merge = "mean"
+    correction: Correction = "none"
+    share: float = 1.0
+    period: int = 1
+    delay_c: float = 0.0
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+
+
+def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
+    """The step of a round that holds `arrivals` contributions, and the count after it.
+
+    `count` is what the state has counted: of Adam its steps, of Delayed Nesterov the arrivals since the momentum was
+    updated. A round of several contributions stands for as many arrivals of their mean.
+    """
+    f32 = np.float32
+    lr, mu = f32(rule.lr), f32(rule.momentum)
+    if rule.optimizer == "nesterov":
+        scaled = (lr, f32(rule.share), f32(rule.momentum**rule.share), f32(rule.share * rule.momentum))
+        return lambda delta, master, slots, published, out: kernels.nesterov(
+            delta, master, slots[0], published, *scaled, out
+        ), 0
+    if rule.optimizer in ("sgd", "adam"):
+        lr = f32(rule.lr * rule.share)
+    if rule.optimizer == "sgd":
+        return lambda delta, master, slots, published, out: kernels.sgd(delta, master, published, lr, out), 0
+    if rule.optimizer == "adam":
+        steps = count + 1
+        scalars = (
+            lr,
+            mu,
+            f32(rule.beta2),
+            f32(rule.epsilon),
+            f32(1 - rule.momentum**steps),
+            f32(1 - rule.beta2**steps),
+        )
+        return lambda delta, master, slots, published, out: kernels.adam(
+            delta, master, slots[0], slots[1], published, *scalars, out
+        ), steps
+    period, total = max(1, rule.period), count + arrivals
+    if total < period:
+        between = (lr, f32(arrivals / period), f32(arrivals), f32(arrivals * rule.delay_c * rule.momentum))
+        return lambda delta, master, slots, published, out: kernels.delayed(
+            delta, master, slots[0], slots[1], published, *between, out
+        ), total
+    mix = (1 - rule.delay_c * (period - arrivals)) * rule.momentum
+    boundary = (lr, f32(arrivals / period), f32(arrivals), f32(mix), mu, f32(1 / total))
+    return lambda delta, master, slots, published, out: kernels.delayed_boundary(
+        delta, master, slots[0], slots[1], published, *boundary, out
+    ), 0

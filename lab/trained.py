@@ -1,0 +1,201 @@
+"""A run in virtual time that trains for real: real steps, codecs, merges and alignments, in one process.
+
+What takes time in the world (a device's step, a link's way) takes virtual time here, and everything else is
+what production does: the cores decide, the trainer steps, contributions are encoded and decoded as containers,
+the coordinator's outer step merges them and publishes quantised deltas. So a loss measured here is that of the
+algorithm with its real numbers, on any set of speeds, in as much real time as the steps themselves take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coordinator.core.rounds import Contribution
+from coordinator.core.run import CloseRound, RunCore
+from coordinator.initial import initial_weights
+from coordinator.outer.step import OuterState, Weighted, outer_step
+from coordinator.service import plan_of, rule_of
+from lab.virtual import VirtualRun, VirtualSite
+from shared.codecs.kernels import square_sum
+from shared.config import RunConfig
+from shared.fragments import CHUNK_ELEMENTS, F32
+from shared.task import Shard, build_model, load_task
+from shared.wire import Header, encode_flat, open_container, tensor_table
+from site_agent.core.alignment import align, carry
+from site_agent.core.site import How, Settings, Snapshot
+from site_agent.training.schedules import lr_factor
+from site_agent.training.trainer import Trainer, evaluate, load_flat
+
+RUN = "virtual"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The held-out loss in nats of the published weights, at this virtual time and at this many merged tokens."""
+
+    seconds: float
+    tokens: int
+    loss: float
+
+
+@dataclass
+class _Body:
+    """A site's tensors; see `site_agent.agent`."""
+
+    trainer: Trainer
+    stream: Any
+    anchors: list[F32] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    snapshots: dict[int, F32] = field(default_factory=dict)
+    residuals: dict[int, F32] = field(default_factory=dict)
+    arrivals: dict[int, tuple[int, F32]] = field(default_factory=dict)
+
+
+class TrainedRun(VirtualRun):
+    """`config` as a run.toml; the sites share the machine. `curve` holds about `evaluations` points and the end."""
+
+    def __init__(self, config: RunConfig, base: Path, sites: Sequence[VirtualSite], evaluations: int = 20) -> None:
+        everyone = config.rounds.quorum == "all"
+        settings = Settings(config.rounds.overlap_steps, config.run.tokens, everyone)
+        super().__init__(RunCore(plan_of(config)), list(sites), settings)
+        self.config = config
+        self.curve: list[Point] = []
+        self.bytes_up = self.bytes_down = 0
+        self.cosines: list[float] = []
+        self._task = load_task(config.task.use, config.task.options(), base)
+        self._layout, weights, self._embeddings = initial_weights(config, base)
+        self._states = [OuterState.initial(f, w) for f, w in zip(self._layout.fragments, weights, strict=True)]
+        self._published_now = [state.published.copy() for state in self._states]
+        self._eval_model = build_model(self._task, config.run.seed)
+        self._executor = ThreadPoolExecutor(1)
+        self._stored: dict[str, tuple[bytes, float]] = {}
+        self._every = max(1, config.run.tokens // max(1, evaluations))
+        self._bodies = {site.name: self._body(index, len(sites)) for index, site in enumerate(sites)}
+        self._measure()
+
+    def _body(self, index: int, count: int) -> _Body:
+        seed = self.config.run.seed
+        trainer = Trainer(
+            self._task, build_model(self._task, seed), self._layout, self.config.inner, torch.device("cpu")
+        )
+        return _Body(trainer, self._task.train_batches(Shard(index, count, seed), self.config.inner.batch_size))
+
+    def digests(self) -> list[tuple[int, str]]:
+        """(version, digest) of each fragment's published weights."""
+        return [(state.version, state.digest) for state in self._states]
+
+    @property
+    def loss(self) -> float:
+        """The last held-out loss."""
+        return self.curve[-1].loss
+
+    def run(self, limit: float = float("inf")) -> None:
+        super().run(limit)
+        self._measure()
+        self._executor.shutdown()
+
+    # -- a site's tensors
+
+    def begin(self, site: VirtualSite) -> None:
+        body = self._bodies[site.name]
+        body.anchors = list(self._published_now)
+        body.versions = [state.version for state in self._states]
+        for p, flat in enumerate(body.anchors):
+            body.trainer.write(p, flat)
+
+    def step(self, site: VirtualSite) -> int:
+        body, inner, run = self._bodies[site.name], self.config.inner, self.config.run
+        factor = lr_factor(inner.schedule, site.running.furthest, run.tokens, inner.warmup_tokens)
+        _, tokens, _ = body.trainer.step(body.stream, inner.lr * factor)
+        return tokens
+
+    def take(self, site: VirtualSite, action: Snapshot) -> tuple[Any, int]:
+        body, p = self._bodies[site.name], action.fragment
+        fragment, wire = self._layout.fragments[p], self.config.wire
+        body.snapshots[p] = snapshot = body.trainer.read(p)
+        delta = body.anchors[p] - snapshot
+        if (residual := body.residuals.get(p)) is not None:
+            delta += residual
+        header = Header(
+            kind="contribution",
+            run=RUN,
+            site=site.name,
+            fragment=p,
+            base_version=action.base_version,
+            version=action.base_version,
+            digest="0" * 32,
+            codec=wire.upload,
+            zstd=wire.zstd_level > 0,
+            chunk=CHUNK_ELEMENTS,
+            tensors=tensor_table(fragment),
+            tokens=action.tokens,
+            steps=action.steps,
+            sizes=[],
+        )
+        left = np.empty_like(delta) if wire.error_feedback else None
+        encoded = encode_flat(header, fragment, delta, wire.zstd_level, left)
+        self.bytes_up += len(encoded)
+        return (encoded, left), len(encoded)
+
+    def feed_back(self, site: VirtualSite, fragment: int, sent: Any) -> None:
+        if sent[1] is not None:
+            self._bodies[site.name].residuals[fragment] = sent[1]
+
+    def arrive(self, site: VirtualSite, fragment: int, version: int) -> None:
+        self._bodies[site.name].arrivals[fragment] = (version, self._published_now[fragment])
+
+    def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
+        body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
+        version, published = body.arrivals.pop(p)
+        if how == "overwrite":
+            theta = published
+        elif how == "rebase":
+            theta = carry(body.trainer.read(p), body.anchors[p], published)
+        else:
+            theta = align(rounds.align, body.trainer.read(p), body.snapshots[p], published, rounds.blend)
+        body.trainer.write(p, theta)
+        body.snapshots.pop(p, None)
+        body.anchors[p], body.versions[p] = published, version
+
+    # -- the coordinator's tensors
+
+    def store(self, contribution: Contribution, sent: Any) -> None:
+        encoded: bytes = sent[0]
+        with open_container(encoded, self._layout.fragments[contribution.fragment]) as container:
+            squares = sum(square_sum(values) for values in container.screened())
+        self._stored[contribution.id] = (encoded, float(squares) ** 0.5)
+
+    def merge(self, close: CloseRound) -> int:
+        p = close.fragment
+        merged = []
+        for contribution, weight in zip(close.contributions, close.weights, strict=True):
+            encoded, norm = self._stored.pop(contribution.id)
+            merged.append(Weighted(open_container(encoded, self._layout.fragments[p]), weight, norm))
+        tokens = sum(contribution.tokens for contribution in close.contributions)
+        rule = rule_of(self.config, close)
+        stepped = outer_step(self._states[p], merged, rule, RUN, tokens, self._executor, self._embeddings)
+        self._published_now[p] = self._states[p].published.copy()
+        self.bytes_down += len(stepped.delta) * sum(
+            not site.dead(self.now) and site.core is not None for site in self.sites
+        )
+        if stepped.cosine is not None:
+            self.cosines.append(stepped.cosine)
+        return len(stepped.delta)
+
+    def _published(self, close: CloseRound, size: int) -> None:
+        super()._published(close, size)
+        if self.core.tokens >= self.curve[-1].tokens + self._every:
+            self._measure()
+
+    def _measure(self) -> None:
+        load_flat(self._eval_model, self._layout, self._published_now)
+        batches = self._task.eval_batches(self.config.inner.batch_size)
+        loss = None if batches is None else evaluate(self._task, self._eval_model, batches, torch.device("cpu"))
+        self.curve.append(Point(self.now, self.core.tokens, float("nan") if loss is None else loss))

@@ -1,0 +1,176 @@
+"""Whole runs of the two pure cores against each other, in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.core.rounds import Contribution, Policy
+from coordinator.core.run import CloseRound, Plan, RunCore
+from lab.virtual import HEARTBEAT_SECONDS, VirtualRun, VirtualSite
+from site_agent.core.site import Settings
+
+BUDGET = 300
+DEADLINE = 600.0
+
+
+def run_of(
+    sites: list[VirtualSite],
+    overlap: Literal["auto", "unbounded"] | int,
+    fragments: int = 2,
+    steps: int = 8,
+    equal_time: bool = False,
+    quorum: int | None = None,
+) -> VirtualRun:
+    policy = Policy(quorum, 0.0, DEADLINE, max_staleness=2, weighting="tokens")
+    first = sum(site.joins_at == 0 for site in sites)
+    plan = Plan(policy, fragments, BUDGET, steps, equal_time, min_sites=first)
+    return VirtualRun(RunCore(plan), sites, Settings(overlap, BUDGET))
+
+
+@given(
+    speeds=st.lists(st.sampled_from([0.05, 0.1, 0.25, 1.0]), min_size=2, max_size=4),
+    joins=st.lists(st.floats(0.0, 40.0), min_size=1, max_size=3),
+    links=st.lists(st.sampled_from([0.0, 0.04, 0.6]), min_size=4, max_size=4),
+    overlap=st.one_of(st.integers(0, 10), st.sampled_from(["auto", "unbounded"])),
+    fragments=st.integers(1, 4),
+    steps=st.sampled_from([4, 8, 9]),
+    equal_time=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_sites_that_join_at_any_time_never_wait_in_a_circle(
+    speeds: list[float],
+    joins: list[float],
+    links: list[float],
+    overlap: Literal["auto", "unbounded"] | int,
+    fragments: int,
+    steps: int,
+    equal_time: bool,
+) -> None:
+    """Full quorum: every round is closed by all of its sites, and none by its deadline."""
+    starts = [0.0, *joins, *joins][: len(speeds)]
+    sites = [
+        VirtualSite(f"s{n}", speed, link, start)
+        for n, (speed, link, start) in enumerate(zip(speeds, links, starts, strict=False))
+    ]
+    run = run_of(sites, overlap, fragments, steps, equal_time)
+    run.run(limit=100_000)
+    assert {close.reason for _, close in run.closed} == {"complete"}
+
+
+def test_two_sites_half_a_cycle_apart_lose_a_heartbeat_once_and_are_then_in_step() -> None:
+    """The one that comes second is due for the other fragment first, and both may train 2 steps beyond a snapshot."""
+    sites = [VirtualSite("a", 1.0, 0.0), VirtualSite("b", 1.0, 0.0, joins_at=4.0)]
+    run = run_of(sites, overlap=2, steps=8)
+    run.run(limit=10_000)
+    shared = [close for _, close in run.closed if len(close.contributions) == 2]
+    assert len(shared) > 5
+    # Two extra steps at most stand between their phases once they have met.
+    assert all(site.waited <= 2 * HEARTBEAT_SECONDS + 8 for site in sites)
+
+
+@pytest.mark.parametrize("overlap", [0, 2, 4, 12])
+def test_sites_in_step_never_contribute_early(overlap: int) -> None:
+    """What a full-quorum run merges does not depend on how long messages took."""
+    courses = []
+    for links in ((0.0, 0.7), (0.7, 0.0), (0.1, 2.5)):
+        sites = [VirtualSite("a", 0.5, links[0]), VirtualSite("b", 1.1, links[1])]
+        run = run_of(sites, overlap, fragments=4, steps=8)
+        run.run(limit=10_000)
+        courses.append(
+            sorted(
+                (close.fragment, close.version, c.site, c.base_version, c.tokens, c.steps)
+                for _, close in run.closed
+                for c in close.contributions
+            )
+        )
+    assert courses[0] == courses[1] == courses[2]
+
+
+# ---- nobody waits
+
+
+class Watched(VirtualRun):
+    """Remembers how long each round went on collecting after its first contribution."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.first: dict[int, float] = {}
+        self.collected: list[tuple[float, float]] = []
+
+    def store(self, contribution: Contribution, sent: Any) -> None:
+        self.first.setdefault(contribution.fragment, self.now)
+
+    def merge(self, close: CloseRound) -> int:
+        self.collected.append((self.now, self.now - self.first.pop(close.fragment)))
+        return 0
+
+
+def decoupled(sites: list[VirtualSite], grace: float | None = None, **plan: Any) -> Watched:
+    policy = Policy(1, grace, DEADLINE, max_staleness=8, weighting="tokens")
+    core = RunCore(Plan(policy, 4, plan.pop("tokens", 2000), 32, True, min_sites=len(sites), **plan))
+    return Watched(core, sites, Settings("auto", core.plan.tokens, everyone=False))
+
+
+def test_with_one_of_four_sites_dead_nothing_stalls_for_longer_than_the_grace_window() -> None:
+    sites = [VirtualSite(f"s{n}", step, 4.0) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
+    sites[1].dies_at = 400.0
+    run = decoupled(sites)
+    run.run(limit=10_000)
+    before = max(seconds for at, seconds in run.collected if at < 400)
+    overlap = max(site.running.overlap_seconds for site in sites if site.dies_at is None)
+    assert len(run.collected) > 50
+    assert all(seconds <= max(before, 0.5 * overlap) for _, seconds in run.collected)
+    assert max(site.longest_wait for site in sites if site.dies_at is None) <= overlap
+
+
+def test_pure_async_waits_for_nobody() -> None:
+    sites = [VirtualSite(f"s{n}", step, 4.0) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
+    run = decoupled(sites, grace=0.0)
+    run.run(limit=10_000)
+    assert {seconds for _, seconds in run.collected} == {0.0}
+    assert all(close.share < 1 for at, close in run.closed if at > 200 and len(close.contributions) == 1)
+
+
+def test_paced_sites_arrive_together_and_a_grace_window_merges_them() -> None:
+    sites = [VirtualSite(f"s{n}", step, 4.0) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
+    run = decoupled(sites)
+    run.run(limit=10_000)
+    late = [len(close.contributions) for at, close in run.closed if at > 200]
+    assert sum(late) / len(late) > 3
+    assert all(site.trained / (run.now - site.began) > 0.9 for site in sites)
+
+
+def test_a_site_that_joins_late_is_at_the_right_point_of_the_schedule() -> None:
+    sites = [VirtualSite("a", 1.0, 1.0), VirtualSite("late", 1.0, 1.0, joins_at=500.0)]
+    policy = Policy(1, None, DEADLINE, max_staleness=8, weighting="tokens")
+    run = Watched(RunCore(Plan(policy, 4, 2000, 32, True, min_sites=1)), sites, Settings("auto", 2000, everyone=False))
+    seen: list[tuple[float, float]] = []
+
+    def step(site: VirtualSite) -> int:
+        if site.name == "late":
+            seen.append((site.running.furthest, float(run.core.tokens)))
+        return 1
+
+    run.step = step  # type: ignore[method-assign]
+    run.run(limit=10_000)
+    first_furthest, first_merged = seen[0]
+    assert first_merged > 400
+    assert first_furthest == pytest.approx(first_merged, rel=0.1)
+    assert seen[-1][0] == pytest.approx(2000, rel=0.1)
+
+
+def test_follow_takes_a_slow_site_into_rounds_that_would_close_without_it() -> None:
+    """The slow site is half a cycle out of step, and the window is short: it follows with the steps that it has."""
+    merged = {}
+    for follow in (False, True):
+        sites = [VirtualSite("fast", 1.0, 1.0), VirtualSite("slow", 4.0, 1.0, joins_at=19.0)]
+        run = decoupled(sites, grace=6.0, follow=follow, tokens=1500)
+        run.core.plan = replace(run.core.plan, min_sites=1)
+        run.run(limit=10_000)
+        merged[follow] = sum(len(close.contributions) == 2 for _, close in run.closed) / len(run.closed)
+    assert merged[True] > merged[False]
