@@ -37,8 +37,8 @@ from shared.config import RunConfig, parse
 
 UNEVEN, EVEN = (1.0, 2.0, 4.0, 8.0), (1.0, 1.0, 1.0, 1.0)
 """Virtual seconds of an inner step at each site: speeds 8:4:2:1, and all alike."""
-LINK = 8.0
-"""One way, virtual seconds: eight inner steps of the fastest site, one of the slowest."""
+LINK = 4.0
+"""One way, virtual seconds: four inner steps of the fastest site, half a one of the slowest of four."""
 STEP = 1.0
 Tables = Mapping[str, Mapping[str, Any]]
 
@@ -116,7 +116,7 @@ def config_of(setting: Setting, text: str, tokens: int, seed: int) -> RunConfig:
     base: Tables = {
         "run": {"name": setting.name, "seed": seed, "tokens": tokens, "min_sites": len(setting.steps)},
         "task": {"use": "byte-lm", "paths": text, "context": 64, "width": 64, "layers": 3, "heads": 4},
-        "inner": {"lr": 3e-3, "steps": 32, "batch_size": 8, "warmup_tokens": min(50_000, tokens // 10)},
+        "inner": {"lr": 3e-3, "steps": 16, "batch_size": 8, "warmup_tokens": min(50_000, tokens // 10)},
         "outer": {},
         "rounds": {"fragments": 4},
         "wire": {},

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from coordinator.export import read_states
+from coordinator.store.state_dir import StateDir
 from shared.config import RunConfig
 from shared.fragments import TensorSpec, build_layout, digest_flat
 from shared.task import Shard, build_model, load_task
@@ -35,18 +36,23 @@ def training_speed(config: RunConfig, sites: int, threads: int) -> float:
 
 
 def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
-    """Whether every site's anchors, as its last local checkpoint holds them, are bit for bit the coordinator's
-    published weights of the same version, by fresh digests of both."""
+    """Whether every site's anchors, as its last local checkpoint holds them, have the digest that the coordinator's
+    journal has for the same version, and where that is the last one, its very bits."""
     stored = read_states(coordinator)
-    for site in sites:
-        saved = checkpoint.load_newest(site, stored.run_id)
-        if saved is None:
-            return False
-        tensors, manifest = saved
-        for p, (state, (version, *_)) in enumerate(zip(stored.states, manifest["anchors"], strict=True)):
-            chunks, anchor = state.fragment.chunks(), tensors[f"anchor.{p}"].numpy()
-            if version != state.version or digest_flat(anchor, chunks) != digest_flat(state.published, chunks):
+    store = StateDir(coordinator, read_only=True)
+    try:
+        for site in sites:
+            saved = checkpoint.load_newest(site, stored.run_id)
+            if saved is None:
                 return False
-            if not np.array_equal(anchor.view(np.uint32), state.published.view(np.uint32)):
-                return False
+            tensors, manifest = saved
+            for p, (state, (version, *_)) in enumerate(zip(stored.states, manifest["anchors"], strict=True)):
+                anchor, round_ = tensors[f"anchor.{p}"].numpy(), store.journal.round(p, version)
+                if round_ is None or digest_flat(anchor, state.fragment.chunks()) != round_.published_digest:
+                    return False
+                newest = state.published.view(np.uint32)
+                if version == state.version and not np.array_equal(anchor.view(np.uint32), newest):
+                    return False
+    finally:
+        store.close()
     return True
