@@ -48,7 +48,10 @@ def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
             tensors, manifest = saved
             for p, (state, (version, *_)) in enumerate(zip(stored.states, manifest["anchors"], strict=True)):
                 anchor, round_ = tensors[f"anchor.{p}"].numpy(), store.journal.round(p, version)
-                if round_ is None or digest_flat(anchor, state.fragment.chunks()) != round_.published_digest:
+                published = round_.published_digest if round_ is not None else None
+                if version == 0:
+                    published = store.initial_digest(p)
+                if digest_flat(anchor, state.fragment.chunks()) != published:
                     return False
                 newest = state.published.view(np.uint32)
                 if version == state.version and not np.array_equal(anchor.view(np.uint32), newest):
