@@ -1,8 +1,10 @@
-"""What the last rounds were made of, for `status` and the page: who took part, how stale, with what weight."""
+"""What the last rounds were made of, for `status` and the page: who took part, how stale, with what weight.
+
+Read from the journal when somebody asks, so that no merge waits for it.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 from coordinator.store.journal import Journal, StoredRound
@@ -11,25 +13,18 @@ ROUNDS = 24
 
 
 class History:
-    """The last published rounds as JSON objects, newest first."""
+    """The last published rounds as JSON objects, newest first. `read` is for one thread at a time, which may wait for
+    the disk; what it has read it keeps."""
 
     def __init__(self, journal: Journal) -> None:
-        self._rounds = deque(
-            (_document(journal, round_) for round_ in reversed(journal.newest_rounds(ROUNDS))), maxlen=ROUNDS
-        )
+        self.journal = journal
+        self._known: dict[tuple[int, int], dict[str, Any]] = {}
 
-    def read(self, journal: Journal, fragment: int, version: int) -> dict[str, Any] | None:
-        """The document of a round that was just published; for a thread that may wait for the disk."""
-        round_ = journal.round(fragment, version)
-        return None if round_ is None else _document(journal, round_)
-
-    def add(self, document: dict[str, Any] | None) -> None:
-        if document is not None:
-            self._rounds.append(document)
-
-    @property
-    def rounds(self) -> list[dict[str, Any]]:
-        return list(reversed(self._rounds))
+    def read(self) -> list[dict[str, Any]]:
+        """Raises OSError."""
+        rounds = {(round_.fragment, round_.version): round_ for round_ in self.journal.newest_rounds(ROUNDS)}
+        self._known = {key: self._known.get(key) or _document(self.journal, round_) for key, round_ in rounds.items()}
+        return list(self._known.values())
 
 
 def _document(journal: Journal, round_: StoredRound) -> dict[str, Any]:

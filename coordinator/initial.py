@@ -10,17 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from coordinator.store.state_dir import Initial
 from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.fragments import F32, Layout, TensorSpec, build_layout
 from shared.task import build_model, load_task
 
 
-def initial_weights(config: RunConfig, base: Path) -> tuple[Layout, list[F32], list[str]]:
-    """The layout, the flat fp32 weights of each fragment, and the names of the tensors that are embeddings.
-
-    Relative files in the config count from `base`. Raises ConfigError.
-    """
+def initial_weights(config: RunConfig, base: Path) -> Initial:
+    """What the run starts from. Relative files in the config count from `base`. Raises ConfigError."""
     task = load_task(config.task.use, config.task.options(), base)
     model = build_model(task, config.run.seed)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -40,7 +38,9 @@ def initial_weights(config: RunConfig, base: Path) -> tuple[Layout, list[F32], l
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
     }
     embeddings = [name for name, parameter in model.named_parameters() if id(parameter) in embedded]
-    return layout, [fragment.flatten(arrays) for fragment in layout.fragments], embeddings
+    # Tasks may be any class with the three methods that are required; this one is not.
+    sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
+    return Initial(layout, [fragment.flatten(arrays) for fragment in layout.fragments], embeddings, sequence_tokens)
 
 
 def _fp32(tensor: Tensor) -> F32:

@@ -146,7 +146,7 @@ class Intake:
         claimed = Contribution(
             upload.id, opening.site, opening.fragment, opening.base_version, header.tokens, header.steps
         )
-        contribution = self._core.credible(claimed)
+        contribution = self._core.claims.credible(claimed)
         if contribution != claimed:
             self._metrics.bounded.labels(opening.site, "tokens").inc()
             log.warning(

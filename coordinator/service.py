@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from coordinator.core.membership import Report
 from coordinator.core.rounds import Policy
@@ -28,11 +29,10 @@ from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import Journal, StoredRound
 from coordinator.store.recovery import execute, recover
-from coordinator.store.state_dir import StateDir
+from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
 from shared.config import RunConfig
 from shared.errors import IsthmusError
-from shared.fragments import F32, Layout
 from shared.protocol import (
     PROTOCOL,
     AwaitedRound,
@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 
 
-def plan_of(config: RunConfig) -> Plan:
-    """The part of a run config that decisions depend on."""
+def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
+    """What decisions depend on: a part of the run config, and the most tokens that a sequence can count."""
     rounds = config.rounds
     return Plan(
         policy=Policy(
@@ -71,6 +71,7 @@ def plan_of(config: RunConfig) -> Plan:
         min_sites=config.run.min_sites,
         batch_size=config.inner.batch_size,
         follow=rounds.pacing == "follow",
+        sequence_tokens=sequence_tokens,
     )
 
 
@@ -104,13 +105,15 @@ class Coordinator:
         self.config, self.store = config, store
         self.run_id, self.layout = store.run_id, store.layout
         self.metrics, self.workers = workers.metrics, workers
-        self.core = RunCore(plan_of(config))
+        self.core = RunCore(plan_of(config, store.sequence_tokens))
         self.clock: Callable[[], float] = time.monotonic
         self.reader = Journal(store.journal.path, read_only=True)
         self.evaluations = self.reader.evaluations()
         if self.evaluations:
             self.metrics.eval_loss.set(self.evaluations[-1][1])
-        self.history = History(self.reader)
+        self._history = History(Journal(store.journal.path, read_only=True))
+        self._looking_back = asyncio.Lock()
+        self._rounds: list[dict[str, Any]] = []
         self.failure: asyncio.Future[None] = asyncio.Future()
         self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
         self.intake = Intake(
@@ -131,6 +134,7 @@ class Coordinator:
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
         self._absurd: set[str] = set()
+        self._joined = {site.name for site in self.reader.sites()}
 
     # -- life
 
@@ -176,7 +180,7 @@ class Coordinator:
         while self._merges:
             await asyncio.gather(*self._merges, return_exceptions=True)
         await asyncio.to_thread(self.workers.shutdown)
-        for journal in (self.reader, self._merge_reader):
+        for journal in (self.reader, self._merge_reader, self._history.journal):
             journal.close()
         self.store.close()
         self.failure.cancel()
@@ -191,6 +195,7 @@ class Coordinator:
             )
         session = uuid.uuid4().hex
         await self.workers.write(self.store.journal.site_joined, site, session)
+        self._joined.add(site)
         await self._carry_out(self.core.join(site, session, self.clock()))
         log.info("site %s joined (%s)", site, ", ".join(f"{k} {v}" for k, v in message.software.items()))
         return Joined(
@@ -248,7 +253,7 @@ class Coordinator:
         for site in sorted(absurd - self._absurd):
             self.metrics.bounded.labels(site, "speed").inc()
             seconds = self.core.members.live[site].report.step_seconds
-            log.warning("site %s reports %g s an inner step, which is not believable; bounded in pacing", site, seconds)
+            log.warning("site %s reports %g s an inner step, too far from the others; bounded in pacing", site, seconds)
         self._absurd = absurd
 
     async def leave(self, site: str, run: str, session: str) -> None:
@@ -257,9 +262,18 @@ class Coordinator:
         await self._carry_out(_allowed(self.core.leave(site, session, self.clock())))
         log.info("site %s left", site)
 
-    def known_sites(self) -> set[str]:
-        """The sites that have a token or have taken part: names that a metric may carry."""
-        return self.core.roster | {site.name for site in self.reader.sites()}
+    def knows_site(self, name: str) -> bool:
+        """Whether the site has a token or has taken part: a name that a metric may carry."""
+        return name in self._joined or name in self.core.roster or self.reader.token(name) is not None
+
+    async def rounds(self) -> list[dict[str, Any]]:
+        """The last published rounds, newest first; as they were last read where the disk refuses."""
+        async with self._looking_back:
+            try:
+                self._rounds = await self.workers.on(self.workers.screeners, self._history.read)
+            except OSError as error:
+                self.workers.storage_refusal(error)
+            return self._rounds
 
     def check_run(self, run: str) -> None:
         """Every request names its run. Raises Refused where it is another one."""
@@ -321,7 +335,6 @@ class Coordinator:
         merged = self.clock()
         digest = await workers.durably(workers.merger, "a delta", self.store.blobs.put, stepped.delta)
         await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, time.time())
-        self.history.add(await workers.on(workers.merger, self.history.read, self._merge_reader, p, version))
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
         self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
         self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - began)
@@ -400,7 +413,7 @@ class Coordinator:
 def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Path) -> list[OuterState]:
     """The fragments' states: of a new run, or recovered."""
 
-    def initial() -> tuple[Layout, list[F32], list[str]]:
+    def initial() -> Initial:
         # Imported for a new run only: it needs torch, and nothing else in the daemon does.
         from coordinator.initial import initial_weights
 

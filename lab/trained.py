@@ -64,14 +64,15 @@ class TrainedRun(VirtualRun):
     def __init__(self, config: RunConfig, base: Path, sites: Sequence[VirtualSite], evaluations: int = 20) -> None:
         everyone = config.rounds.quorum == "all"
         settings = Settings(config.rounds.overlap_steps, config.run.tokens, everyone)
-        super().__init__(RunCore(plan_of(config)), list(sites), settings)
+        initial = initial_weights(config, base)
+        super().__init__(RunCore(plan_of(config, initial.sequence_tokens)), list(sites), settings)
         self.config = config
         self.curve: list[Point] = []
         self.bytes_up = self.bytes_down = 0
         self.cosines: list[float] = []
         self._task = load_task(config.task.use, config.task.options(), base)
-        self._layout, weights, self._embeddings = initial_weights(config, base)
-        self._states = [OuterState.initial(f, w) for f, w in zip(self._layout.fragments, weights, strict=True)]
+        self._layout, self._embeddings = initial.layout, initial.embeddings
+        self._states = [OuterState.initial(f, w) for f, w in zip(self._layout.fragments, initial.weights, strict=True)]
         self._published_now = [state.published.copy() for state in self._states]
         self._eval_model = build_model(self._task, config.run.seed)
         self._executor = ThreadPoolExecutor(1)

@@ -185,7 +185,7 @@ class VirtualRun:
             core.pace = self.core.pace(site.name) or core.pace
             core.run_finished = self.core.finished
             core.awaited, core.closing = self.core.awaited(site.name), self.core.closing(site.name)
-            core.told(self.core.tokens)
+            core.told(self.core.tokens, self.core.peers(site.name))
             self._resume(site)
         pause = HEARTBEAT_SECONDS if site.core is not None else READY_HEARTBEAT_SECONDS
         self._at(self.now + pause, _bound(self._heartbeat, site))
@@ -195,6 +195,7 @@ class VirtualRun:
         pace = self.core.pace(site.name) or float(self.core.plan.steps)
         site.core = SiteCore.begin(self.settings, versions, pace, self.core.peers(site.name))
         site.core.tempo.stepped(site.step_seconds)
+        site.core.told(self.core.tokens, self.core.peers(site.name))
         site.began = self.now
         self.begin(site)
         self._at(self.now, _bound(self._act, site))
@@ -250,7 +251,7 @@ class VirtualRun:
             self._follow(site, p, state.merging or state.version, "overwrite" if finished else "rebase")
             return
         claimed = Contribution(id_, site.name, p, action.base_version, action.tokens, action.steps)
-        contribution = self.core.credible(claimed)
+        contribution = self.core.claims.credible(claimed)
         self.store(contribution, sent)
         version, decisions = self.core.accept(contribution, self.now)
 

@@ -81,7 +81,7 @@ class OuterTable(_Table):
     )
     delay_c: float = Field(0.0, ge=0, le=1, description="c, a number from 0 to 1/period")
     beta2: float = Field(0.99, ge=0, lt=1, description="a number from 0 to below 1")
-    epsilon: float = Field(1e-8, gt=0, description="a number above 0")
+    epsilon: float = Field(1e-8, ge=1e-30, le=1, description="a number from 1e-30 to 1")
 
     @field_validator("period")
     @classmethod
@@ -99,7 +99,7 @@ class RoundsTable(_Table):
     deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
     max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
     weighting: Literal["uniform", "tokens", "tokens2-per-step"] = "tokens"
-    weight_cap: float = Field(64.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
+    weight_cap: float = Field(16.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
     staleness_decay: float = Field(0.0, ge=0, le=10, description="a number from 0 (off)")
     overlap_steps: Literal["auto", "unbounded"] | int = Field(
         2, description='τ: a whole number from 0, "auto" or "unbounded"'
@@ -186,11 +186,7 @@ class RunConfig(_Table):
                 f"at most {inner.steps - 1} with [inner] steps = {inner.steps}"
             )
         _check_outer(outer)
-        if rounds.pacing == "follow" and rounds.quorum == "all":
-            raise ValueError(
-                '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
-                'quorum = "all" none is: name a number for quorum, or use "equal-time"'
-            )
+        _check_rounds(rounds, outer)
         if inner.warmup_tokens >= self.run.tokens:
             raise ValueError(
                 f"[inner] warmup_tokens = {inner.warmup_tokens} does not end within [run] tokens = {self.run.tokens}: "
@@ -204,9 +200,61 @@ class RunConfig(_Table):
         return self
 
 
+def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
+    """Raises ValueError for settings of [rounds] that cannot work together, or not with [outer]."""
+    stated = rounds.model_fields_set
+    if rounds.quorum == "all":
+        if rounds.pacing == "follow":
+            raise ValueError(
+                '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
+                'quorum = "all" none is: name a number for quorum, or use "equal-time"'
+            )
+        if "grace_seconds" in stated and rounds.grace_seconds != "auto":
+            raise ValueError(
+                '[rounds] grace_seconds has no effect with quorum = "all", which waits for everyone until '
+                "deadline_seconds: drop it, or name a number for quorum"
+            )
+    if rounds.pacing == "follow":
+        if rounds.grace_seconds == 0:
+            raise ValueError(
+                '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = 0 leaves none: '
+                'use grace_seconds = "auto" or a number above 0, or pacing = "equal-time"'
+            )
+        if rounds.grace_seconds == "auto" and rounds.overlap_steps in ("unbounded", 0):
+            raise ValueError(
+                '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = "auto" is none with '
+                f"overlap_steps = {_toml(rounds.overlap_steps)}: name seconds for grace_seconds"
+            )
+    if rounds.staleness_decay > 0 and rounds.quorum == 1:
+        if outer.optimizer == "delayed-nesterov":
+            raise ValueError(
+                "[rounds] staleness_decay has no effect on rounds of one contribution with optimizer = "
+                '"delayed-nesterov": drop it, or use a quorum above 1, or optimizer = "nesterov"'
+            )
+        if outer.partial == "full":
+            raise ValueError(
+                '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
+                'drop it, or use a quorum above 1, or partial = "share"'
+            )
+
+
+def _toml(value: str | int) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
 def _check_outer(outer: OuterTable) -> None:
     """Raises ValueError for settings of [outer] that cannot work together."""
     stated = outer.model_fields_set
+    if outer.optimizer == "adam" and "lr" not in stated:
+        raise ValueError(
+            '[outer] lr is not stated, and the default is for pseudo-gradients as they are; optimizer = "adam" '
+            "makes each element's step about lr long: state it, 1e-3 for a start"
+        )
+    if outer.correction == "heloco" and outer.optimizer != "sgd" and outer.momentum == 0:
+        raise ValueError(
+            '[outer] correction = "heloco" corrects against the momentum, and momentum = 0 leaves only the last '
+            'round\'s: state a momentum above 0, or correction = "none"'
+        )
     if outer.optimizer == "sgd" and outer.momentum != 0 and "momentum" in stated:
         raise ValueError('[outer] momentum has no effect with optimizer = "sgd": drop it, or optimizer = "nesterov"')
     if outer.optimizer == "sgd" and outer.correction == "heloco":

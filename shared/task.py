@@ -68,6 +68,11 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Mean loss over the batch (a scalar that can be differentiated) and the tokens it counts."""
 
+    def sequence_tokens(self) -> int | None:
+        """The most tokens that one sequence can count: a site that claims more is not believed. None where the task
+        cannot say; sites are then compared with each other."""
+        return None
+
     def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
         """`prompt` continued by `tokens` sampled tokens. Raises ConfigError where the task has no text."""
         raise ConfigError(f"task {type(self).__name__} does not generate text; sample another run")

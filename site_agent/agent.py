@@ -205,6 +205,7 @@ class Agent:
         pace = self._orders.pace or float(self.run_config.inner.steps)
         self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers)
         self.core.tempo.stepped(step_seconds)
+        self.core.told(self._orders.tokens, self._orders.peers)
         self.snapshots: dict[int, F32] = {}
         self.residuals: dict[int, F32] = {}
         self.arrivals: dict[int, Anchor] = {}
@@ -242,6 +243,7 @@ class Agent:
         self.core = core = checkpoint.unpack_core(manifest["core"], self.settings)
         core.pace = self._orders.pace or core.pace
         core.tempo.stepped(step_seconds)
+        core.told(self._orders.tokens, self._orders.peers)
         for view in core.fragments:
             view.complete = view.progress.merged >= self.settings.budget
         self.anchors = [
@@ -393,7 +395,7 @@ class Agent:
         self.core.run_finished = orders.finished
         self.core.awaited = [(round_.fragment, round_.version) for round_ in orders.awaited]
         self.core.closing = [(round_.fragment, round_.version) for round_ in orders.closing]
-        self.core.told(orders.tokens)
+        self.core.told(orders.tokens, orders.peers)
         if orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)

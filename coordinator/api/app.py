@@ -58,7 +58,7 @@ class Api:
     def app(self) -> web.Application:
         c = self._coordinator
         app = web.Application(
-            middlewares=[problems(c.metrics, c.known_sites)],
+            middlewares=[problems(c.metrics, c.knows_site)],
             client_max_size=PART_BYTES,
         )
         app.on_response_prepare.append(self._before_answer)
@@ -155,7 +155,7 @@ class Api:
         return _json(run_document(self._coordinator))
 
     async def status(self, request: web.Request) -> web.Response:
-        return _json(status_document(self._coordinator))
+        return _json(await status_document(self._coordinator))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events: the status, once a second while somebody looks."""
@@ -163,7 +163,7 @@ class Api:
         await response.prepare(request)
         try:
             while not self._stopping:
-                data = json.dumps(status_document(self._coordinator))
+                data = json.dumps(await status_document(self._coordinator))
                 await response.write(f"event: status\ndata: {data}\n\n".encode())
                 await asyncio.sleep(EVENTS_SECONDS)
         except ConnectionResetError:

@@ -56,7 +56,7 @@ def problem(refused: Refused) -> web.Response:
     )
 
 
-def problems(metrics: Metrics, known_sites: Callable[[], set[str]]) -> Callable[..., Awaitable[web.StreamResponse]]:
+def problems(metrics: Metrics, knows_site: Callable[[str], bool]) -> Callable[..., Awaitable[web.StreamResponse]]:
     """A middleware that answers every refusal and every fault with a problem document, counted and logged."""
 
     @web.middleware
@@ -78,9 +78,9 @@ def problems(metrics: Metrics, known_sites: Callable[[], set[str]]) -> Callable[
             log.exception("%s %s failed", request.method, request.path)
             refused = Refused(Code.INTERNAL, "the coordinator failed on this request; its log says why")
         claimed = request.headers.get(SITE_HEADER, "")
-        # Labels only for names that exist: a stranger must not be able to grow the metrics without bound.
-        site = claimed if claimed in known_sites() else ""
         if refused.code is not Code.NOT_PUBLISHED:
+            # Labels only for names that exist: a stranger must not be able to grow the metrics without bound.
+            site = claimed if knows_site(claimed) else ""
             metrics.refused.labels(site, refused.code.value).inc()
             log.warning(
                 "refused %s %s of %r: %s (%s)", request.method, request.path, claimed[:64], refused, refused.code

@@ -36,8 +36,9 @@ def run_document(c: Coordinator) -> dict[str, Any]:
     }
 
 
-def status_document(c: Coordinator) -> dict[str, Any]:
+async def status_document(c: Coordinator) -> dict[str, Any]:
     """Progress, sites and open rounds."""
+    rounds = await c.rounds()
     now, core = c.clock(), c.core
     return {
         "run": c.run_id,
@@ -63,7 +64,7 @@ def status_document(c: Coordinator) -> dict[str, Any]:
             }
             for p, newest in enumerate(c.publication.newest)
         ],
-        "rounds": c.history.rounds,
+        "rounds": rounds,
     }
 
 

@@ -7,6 +7,7 @@ nothing of each other.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,14 @@ class Tempo:
 
     overlap: float
     sync: float
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What a site trains from one contribution to the next: inner steps (with a fraction), and tokens of each."""
+
+    steps: float
+    tokens_per_step: float
 
 
 @dataclass
@@ -135,20 +144,36 @@ def weights(contributions: Sequence[Contribution], policy: Policy, version: int)
         raw = [float(c.tokens) ** 2 / max(1, c.steps) for c in contributions]
     if policy.weight_cap is not None and raw and (middle := statistics.median_low(raw)) > 0:
         raw = [min(value, policy.weight_cap * middle) for value in raw]
-    raw = [
-        value * (1.0 + max(0, version - 1 - c.base_version)) ** -policy.staleness_decay
-        for value, c in zip(raw, contributions, strict=True)
-    ]
+    raw = [value * _freshness(c, policy, version) for value, c in zip(raw, contributions, strict=True)]
     total = sum(raw)
     if total <= 0:
         return [1.0 / len(contributions)] * len(contributions)
     return [value / total for value in raw]
 
 
-def share(contributions: Sequence[Contribution], expected: Mapping[str, float]) -> float:
-    """The part of a full round that these contributions are worth, above 0 and at most 1: their tokens, against those
-    and what the sites that train and are not among them would bring (`expected`, tokens by site)."""
-    here = {contribution.site for contribution in contributions}
-    brought = float(sum(contribution.tokens for contribution in contributions))
-    missing = sum(tokens for site, tokens in expected.items() if site not in here)
-    return brought / (brought + missing) if brought > 0 else 1.0
+def share(
+    contributions: Sequence[Contribution], cycles: Mapping[str, Cycle], policy: Policy, version: int, *, early: bool
+) -> float:
+    """The part of a full round that these contributions are worth, 0 to 1: the tokens that they bring, each times
+    (1 + staleness)^−decay, against those and what the sites of `cycles` that are missing would bring in a cycle.
+
+    Where sites may come `early` (pacing = "follow"), one that has not trained its cycle yet counts with the whole of
+    it, so that the shares of its contributions add up.
+    """
+    tokens: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    for contribution in contributions:
+        tokens[contribution.site] = tokens.get(contribution.site, 0) + contribution.tokens
+        steps[contribution.site] = steps.get(contribution.site, 0) + contribution.steps
+    full = float(sum(tokens.values()))
+    for site, cycle in sorted(cycles.items()):
+        if site not in tokens or (early and steps[site] < math.floor(cycle.steps)):
+            full += max(0.0, cycle.steps * cycle.tokens_per_step - tokens.get(site, 0))
+    brought = math.fsum(c.tokens * _freshness(c, policy, version) for c in contributions)
+    return brought / full if brought > 0 else 0.0
+
+
+def _freshness(contribution: Contribution, policy: Policy, version: int) -> float:
+    """(1 + staleness)^−decay of a contribution to the round that becomes `version`."""
+    staleness = max(0, version - 1 - contribution.base_version)
+    return float((1.0 + staleness) ** -policy.staleness_decay)

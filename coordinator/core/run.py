@@ -7,22 +7,18 @@ reports `published` when a merge is done. All of a run's state that matters can 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import pacing, rounds
+from coordinator.core.claims import Claims
 from coordinator.core.membership import Membership, Report
-from coordinator.core.rounds import Contribution, OpenRound, Policy, Reason, Tempo
+from coordinator.core.rounds import Contribution, Cycle, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
 
 EVALUATIONS = 20
 """How often a run's published weights are evaluated over its token budget."""
 EVALUATION_LEASE_SECONDS = 300.0
-ABSURD = 64
-"""A site that claims so many times what others do, or so many cycles in one contribution, is taken at this much."""
-LONGEST_SEQUENCE = 1 << 20
-"""Tokens; bounds what an inner step can hold while there is no other site to compare with."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class Plan:
     min_sites: int
     batch_size: int = 1
     follow: bool = False
+    sequence_tokens: int | None = None
+    """The most tokens that a sequence can count, where the task knows it."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,12 @@ class RunCore:
 
     def __init__(self, plan: Plan, membership: Membership | None = None) -> None:
         self.plan = plan
+        self.claims = Claims(plan.steps, plan.batch_size, plan.sequence_tokens)
         self.members = membership or Membership()
         self.fragments = [FragmentState() for _ in range(plan.fragments)]
         self.roster: set[str] = set()
         self.reports: dict[str, Report] = {}
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
-        self._cycle_tokens: dict[str, float] = {}
-        self._tokens_per_step: dict[str, float] = {}
         self.started = False
         self.finished = False
         self._evaluated = -1
@@ -247,10 +244,13 @@ class RunCore:
     def evaluated(self, site: str, tokens: int) -> bool:
         """Whether an evaluation of the weights at `tokens` merged tokens counts: it was asked of this site, and of
         weights that there are."""
-        if self._evaluator is None or self._evaluator[0] != site or not self._evaluated < tokens <= self.tokens:
+        if self._evaluator is None or self._evaluator[0] != site:
+            return False
+        self._evaluator = None
+        if not self._evaluated < tokens <= self.tokens:
             # The initial weights, at 0 tokens, are above the −1 of a run that was never evaluated.
             return False
-        self._evaluated, self._evaluator = tokens, None
+        self._evaluated = tokens
         return True
 
     # -- questions
@@ -345,28 +345,20 @@ class RunCore:
         self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
         return True
 
-    def credible(self, contribution: Contribution) -> Contribution:
-        """The contribution with its claimed counts bounded: what no device and no task can do would otherwise end the
-        run or drown every other site's weight. Claims of other sites are the measure, once there are any."""
-        steps = min(contribution.steps, ABSURD * self.plan.steps)
-        others = [rate for site, rate in self._tokens_per_step.items() if site != contribution.site and rate > 0]
-        rate = ABSURD * statistics.median_low(others) if others else self.plan.batch_size * LONGEST_SEQUENCE
-        return replace(contribution, steps=steps, tokens=min(contribution.tokens, int(max(1, steps) * rate)))
-
     def absurd_speeds(self) -> list[str]:
-        """The sites whose reported speed is bounded in pacing."""
+        """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,
+        because nobody can tell which one is right."""
         speeds = self._speeds()
         bound = pacing.speed_bound(speeds)
-        return [site for site, speed in speeds.items() if speed > bound]
+        absurd = [site for site, speed in speeds.items() if speed > bound]
+        return sorted(speeds) if absurd and len(speeds) == 2 else absurd
 
     # -- rules
 
     def _note(self, contribution: Contribution) -> None:
         """What is remembered of an accepted contribution."""
         self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
-        self._cycle_tokens[contribution.site] = float(contribution.tokens)
-        if contribution.steps > 0:
-            self._tokens_per_step[contribution.site] = contribution.tokens / contribution.steps
+        self.claims.note(contribution)
 
     def _paces(self) -> dict[str, float] | None:
         """The pace of each site that is ready or trains; None where one has not measured its speed."""
@@ -377,6 +369,14 @@ class RunCore:
         if len(speeds) < len(taking_part):
             return None
         return {site: max(1.0, pace) for site, pace in pacing.paces(speeds, self.plan.steps).items()}
+
+    def _cycles(self, sites: Sequence[str]) -> dict[str, Cycle]:
+        """What each site is expected to train from one contribution to the next."""
+        paces = self._paces() or {}
+        return {
+            site: Cycle(paces.get(site) or self.claims.steps_per_cycle(site), self.claims.tokens_per_step(site))
+            for site in sites
+        }
 
     def _speeds(self) -> dict[str, float]:
         """Inner steps per second of the sites that have measured theirs."""
@@ -431,7 +431,13 @@ class RunCore:
                     tuple(contributions),
                     tuple(rounds.weights(contributions, self.plan.policy, state.merging)),
                     reason,
-                    rounds.share(contributions, {site: self._cycle_tokens.get(site, 0.0) for site in training}),
+                    rounds.share(
+                        contributions,
+                        self._cycles(sorted(sites)),
+                        self.plan.policy,
+                        state.merging,
+                        early=self.plan.follow,
+                    ),
                     len(sites),
                 )
             )

@@ -36,7 +36,8 @@ class OuterRule:
     """What an outer step does, as the journal records it with each round: a replay must do the same.
 
     `share` is the part of a full round that this one is worth (see `core.rounds.share`): Nesterov, SGD and Adam then
-    take that part of a step, and the momentum decays by that part. `period` and `delay_c` are N and c of Delayed
+    take that part of a step, and Nesterov's momentum decays by that part (Adam's moments are averages over rounds, of
+    whatever size). `period` and `delay_c` are N and c of Delayed
     Nesterov, which has its own way of it; `momentum` is μ, β or β₁, `beta2` and `epsilon` are Adam's.
     """
 
@@ -90,7 +91,8 @@ def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
         return lambda delta, master, slots, published, out: kernels.delayed(
             delta, master, slots[0], slots[1], published, *between, out
         ), total
-    mix = (1 - rule.delay_c * (period - arrivals)) * rule.momentum
+    # What the arrivals before this one have not taken of the momentum; a round can overshoot the period.
+    mix = max(0.0, 1 - rule.delay_c * count) * rule.momentum
     boundary = (lr, f32(arrivals / period), f32(arrivals), f32(mix), mu, f32(1 / total))
     return lambda delta, master, slots, published, out: kernels.delayed_boundary(
         delta, master, slots[0], slots[1], published, *boundary, out

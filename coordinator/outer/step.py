@@ -63,8 +63,11 @@ class OuterState:
 
     def adopt(self, rule: OuterRule) -> None:
         """Makes the slots those of the rule's optimizer. What it shares with the one before (the momentum) stays; where
-        it brings something new, counting starts anew."""
+        it brings something new, counting starts anew. Nesterov's momentum is a sum and Adam's an average: neither is
+        of use to the other."""
         wanted = SLOTS[rule.optimizer]
+        if ("variance" in wanted) != ("variance" in self.slots):
+            self.slots = {}
         if set(wanted) != set(self.slots):
             self.count = 0
         self.slots = {name: self.slots.get(name, np.zeros_like(self.master)) for name in wanted}

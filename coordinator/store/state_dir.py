@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,16 @@ from shared.config import RunConfig
 from shared.errors import ConfigError, CorruptError
 from shared.fragments import F32, Layout
 
-Initial = Callable[[], tuple[Layout, list[F32], list[str]]]
-"""Builds the layout, each fragment's initial weights and the names of the embeddings; called once in a run's life."""
+
+@dataclass(frozen=True)
+class Initial:
+    """What a run starts from: the layout, the flat fp32 weights of each fragment, the names of the tensors that are
+    embeddings, and the most tokens that a sequence can count (None: the task does not say)."""
+
+    layout: Layout
+    weights: list[F32]
+    embeddings: list[str]
+    sequence_tokens: int | None = None
 
 
 class StateDir:
@@ -124,6 +133,12 @@ class StateDir:
         """The tensors that are embeddings; RDA merges them by the mean."""
         return frozenset(json.loads(self.journal.meta("embeddings") or "[]"))
 
+    @property
+    def sequence_tokens(self) -> int | None:
+        """The most tokens that a sequence can count, where the task knew it."""
+        known: int | None = json.loads(self.journal.meta("sequence_tokens") or "null")
+        return known
+
     def initial_digest(self, fragment: int) -> str:
         """The digest of version 0 of a fragment."""
         digests: list[str] = json.loads(self.journal.meta("initial_digests") or "[]")
@@ -132,7 +147,7 @@ class StateDir:
     def checkpoints(self, keep: int) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", self.run_id, keep)
 
-    def adopt_run(self, config: RunConfig, base: Path, initial: Initial) -> bool:
+    def adopt_run(self, config: RunConfig, base: Path, build: Callable[[], Initial]) -> bool:
         """Makes this directory the run's, or checks that it is. True where the run is new. `base` is where the config's
         relative paths count from.
 
@@ -147,9 +162,10 @@ class StateDir:
                 self.journal.forget_sessions()
             self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
-        layout, weights, embeddings = initial()
+        initial = build()
+        layout = initial.layout
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
-        states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, weights, strict=True)]
+        states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, initial.weights, strict=True)]
         checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints)
         shutil.rmtree(checkpoints.directory, ignore_errors=True)
         for state in states:
@@ -160,7 +176,8 @@ class StateDir:
             config=config.model_dump_json(),
             base=str(base.resolve()),
             layout=json.dumps(layout.to_wire()),
-            embeddings=json.dumps(embeddings),
+            embeddings=json.dumps(initial.embeddings),
+            sequence_tokens=json.dumps(initial.sequence_tokens),
             initial_digests=json.dumps([state.digest for state in states]),
         )
         return True

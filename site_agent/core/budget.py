@@ -4,6 +4,9 @@ The coordinator counts tokens as they are merged; a site must know the figure be
 a full-quorum run it must be the same figure whenever messages happen to arrive. So it is computed from
 versions alone: the tokens merged into the last version that the site aligned with, plus its own tokens since
 that version's snapshot, times how many tokens the whole run merged in that round for each of its own.
+
+Where rounds close without waiting for everyone there is no such figure to agree on, and a short first
+contribution would make the ratio absurd: there the same estimate starts from each report of the coordinator.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """One fragment's view: `merged` run tokens at local token count `at`, growing `ratio` per local token."""
+    """A fragment's view, or the coordinator's report: `merged` run tokens at local token count `at`, growing `ratio`
+    per local token."""
 
     merged: int
     at: int

@@ -123,6 +123,8 @@ class SiteCore:
     """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run."""
     closing: list[tuple[int, int]] = field(default_factory=list)
     """(fragment, version) of rounds that are about to close without this site."""
+    reported: Progress | None = None
+    """The run's merged tokens as the coordinator last reported them; unused in a full-quorum run."""
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, peers: float) -> SiteCore:
@@ -174,7 +176,10 @@ class SiteCore:
         self.due += self.cycle.due(self.steps, len(self.fragments))
         if self.steps >= self.cycle.end:
             self.cycle = next_cycle(self.steps, self.pace, self.cycle.carry)
-        self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
+        if self.reported is not None:
+            self.furthest = self.reported.estimate(self.tokens)
+        else:
+            self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
 
     def snapshot_taken(self, action: Snapshot, now: float) -> None:
         if action.fragment in self.due:
@@ -215,10 +220,11 @@ class SiteCore:
         view = self.fragments[fragment]
         view.arrived = Arrived(version, tokens, how)
 
-    def told(self, tokens: int) -> None:
-        """The coordinator has merged so many tokens: the learning rate is at least that far on its schedule."""
+    def told(self, tokens: int, peers: float) -> None:
+        """The coordinator has merged so many tokens, and the run takes `peers` inner steps for each one of this site:
+        where nobody waits, the learning rate follows these reports."""
         if not self.settings.everyone:
-            self.furthest = max(self.furthest, float(tokens))
+            self.reported, self.furthest = Progress(tokens, self.tokens, peers), float(tokens)
 
     @property
     def overlap_seconds(self) -> float:
@@ -236,7 +242,8 @@ class SiteCore:
         until a deadline. A round that this site has seen the version of is over, whatever older orders say of it."""
         for q, version in self.awaited:
             view = self.fragments[q]
-            if view.version < version and self._at_rest(view) and not view.complete:
+            lacking = view.version < version and self._at_rest(view) and not view.complete
+            if lacking and self.steps > view.counted_steps:
                 return self._snapshot(q)
         return Wait(p)
 

@@ -110,6 +110,10 @@ class ByteLM(Task):
         logits: Tensor = model(batch[:, :-1])  # (B, T, 256)
         return F.cross_entropy(logits.float().view(-1, VOCABULARY), targets), targets.numel()
 
+    def sequence_tokens(self) -> int:
+        """T: every byte of a window is a target."""
+        return self.settings.context
+
     @torch.no_grad()
     def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
         """`prompt` and `tokens` further bytes, as text; bytes that are no UTF-8 become U+FFFD.

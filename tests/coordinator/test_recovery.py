@@ -21,7 +21,7 @@ from coordinator.service import Coordinator
 from coordinator.store.journal import Journal
 from shared.config import RunConfig
 from shared.fragments import CHUNK_ELEMENTS
-from shared.protocol import Heartbeat, Join, OpenUpload
+from shared.protocol import PROTOCOL, Heartbeat, Join, OpenUpload
 from shared.wire import Header, blob_digest, encode_flat, tensor_table
 from tests.support.live import TOY, run_config
 
@@ -96,7 +96,7 @@ async def act_as_sites(coordinator: Coordinator, sessions: dict[str, str], order
     earlier life of the coordinator; a site that it does not know any more joins again."""
     for site in order:
         if not await known(coordinator, site, sessions):
-            sessions[site] = (await coordinator.join(site, Join(protocol=1, site=site, software={}))).session
+            sessions[site] = (await coordinator.join(site, Join(protocol=PROTOCOL, site=site, software={}))).session
     for site in order:
         await coordinator.heartbeat(site, ready(coordinator, sessions[site]))
     while not coordinator.core.finished:
@@ -225,7 +225,7 @@ def test_an_acknowledged_contribution_survives_a_kill(tmp_path: Path, killing: l
     async def first() -> None:
         coordinator = await Coordinator.open(config(), tmp_path / "state", tmp_path)
         await coordinator.start()
-        sessions = {s: (await coordinator.join(s, Join(protocol=1, site=s, software={}))).session for s in SITES}
+        sessions = {s: (await coordinator.join(s, Join(protocol=PROTOCOL, site=s, software={}))).session for s in SITES}
         for site in SITES:
             await coordinator.heartbeat(site, ready(coordinator, sessions[site]))
         body = contribution(coordinator, "a", 0, 0)
@@ -263,7 +263,7 @@ def test_a_lease_that_ran_out_is_not_restored(tmp_path: Path) -> None:
     async def first() -> None:
         coordinator = await Coordinator.open(config(), tmp_path / "state", tmp_path)
         await coordinator.start()
-        sessions = {s: (await coordinator.join(s, Join(protocol=1, site=s, software={}))).session for s in SITES}
+        sessions = {s: (await coordinator.join(s, Join(protocol=PROTOCOL, site=s, software={}))).session for s in SITES}
         for site in SITES:
             await coordinator.heartbeat(site, ready(coordinator, sessions[site]))
         await coordinator._carry_out([SiteActive("b", False, expired=True)])

@@ -149,11 +149,11 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
         '[rounds]\noverlap_steps = "unbounded"',
         "[rounds]\noverlap_steps = 49",
         "[rounds]\nquorum = 3\ngrace_seconds = 0",
-        "[rounds]\ngrace_seconds = 1.5",
+        "[rounds]\nquorum = 1\ngrace_seconds = 1.5",
         '[outer]\noptimizer = "sgd"',
         '[outer]\noptimizer = "sgd"\nmomentum = 0.0',
         '[outer]\noptimizer = "delayed-nesterov"\nperiod = 4\ndelay_c = 0.25\ncorrection = "heloco"\nmerge = "rda"',
-        '[outer]\noptimizer = "adam"\nbeta2 = 0.9\nepsilon = 1e-6\npartial = "full"',
+        '[outer]\noptimizer = "adam"\nlr = 1e-3\nbeta2 = 0.9\nepsilon = 1e-6\npartial = "full"',
         '[rounds]\nquorum = 1\npacing = "follow"\nweight_cap = 0\nstaleness_decay = 0.5',
         "[inner]\nwarmup_tokens = 4_999_999",
         '[inner]\nsteps = 1\n[rounds]\noverlap_steps = 0\nalign = "overwrite"',
@@ -270,6 +270,45 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             '[rounds]\npacing = "follow"',
             '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
             'quorum = "all" none is: name a number for quorum, or use "equal-time"',
+        ),
+        (
+            "[rounds]\ngrace_seconds = 5",
+            '[rounds] grace_seconds has no effect with quorum = "all", which waits for everyone until '
+            "deadline_seconds: drop it, or name a number for quorum",
+        ),
+        (
+            '[rounds]\nquorum = 1\npacing = "follow"\ngrace_seconds = 0',
+            '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = 0 leaves none: '
+            'use grace_seconds = "auto" or a number above 0, or pacing = "equal-time"',
+        ),
+        (
+            '[rounds]\nquorum = 1\npacing = "follow"\noverlap_steps = "unbounded"',
+            '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = "auto" is none with '
+            'overlap_steps = "unbounded": name seconds for grace_seconds',
+        ),
+        (
+            '[outer]\npartial = "full"\n[rounds]\nquorum = 1\nstaleness_decay = 0.5',
+            '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
+            'drop it, or use a quorum above 1, or partial = "share"',
+        ),
+        (
+            '[outer]\noptimizer = "delayed-nesterov"\n[rounds]\nquorum = 1\nstaleness_decay = 0.5',
+            "[rounds] staleness_decay has no effect on rounds of one contribution with optimizer = "
+            '"delayed-nesterov": drop it, or use a quorum above 1, or optimizer = "nesterov"',
+        ),
+        (
+            '[outer]\noptimizer = "adam"',
+            '[outer] lr is not stated, and the default is for pseudo-gradients as they are; optimizer = "adam" '
+            "makes each element's step about lr long: state it, 1e-3 for a start",
+        ),
+        (
+            '[outer]\ncorrection = "heloco"\nmomentum = 0',
+            '[outer] correction = "heloco" corrects against the momentum, and momentum = 0 leaves only the last '
+            'round\'s: state a momentum above 0, or correction = "none"',
+        ),
+        (
+            '[outer]\noptimizer = "adam"\nlr = 1e-3\nepsilon = 1e-40',
+            "[outer] epsilon: got 1e-40 (a number); a number from 1e-30 to 1 would do",
         ),
         (
             "[rounds]\nweight_cap = 0.5",

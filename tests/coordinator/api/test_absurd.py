@@ -22,15 +22,16 @@ async def metric(fleet: Any, name: str) -> dict[str, float]:
 async def test_an_absurd_token_count_neither_ends_the_run_nor_outweighs_the_others(
     fleet: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    honest, liar = await fleet.trains("honest", "liar")
-    await honest.contribute(0, 0, value=1.0)
+    *honest, liar = await fleet.trains("a", "b", "c", "liar")
+    for site in honest:
+        await site.contribute(0, 0, value=1.0)
     with caplog.at_level(logging.WARNING):
         await liar.contribute(0, 0, value=-1.0, tokens=10**15)
-    await honest.published(0, 1)
+    await liar.published(0, 1)
     (round_,) = (await fleet.get("/v1/status")).json["rounds"]
     tokens = {c["site"]: c["tokens"] for c in round_["contributions"]}
-    assert tokens == {"honest": 10, "liar": 64 * 10}
-    assert max(c["weight"] for c in round_["contributions"]) <= 64 / 65
+    assert tokens == {"a": 10, "b": 10, "c": 10, "liar": 8 * 10}
+    assert max(c["weight"] for c in round_["contributions"]) <= 8 / 11
     assert not fleet.coordinator.core.finished
     assert await metric(fleet, "isthmus_claims_bounded_total") == {'{site="liar",what="tokens"}': 1.0}
     assert "site liar claims 1000000000000000 tokens" in caplog.text

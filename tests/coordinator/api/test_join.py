@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import FormatError
-from shared.protocol import MESSAGE_BYTES, PART_BYTES, SITE_HEADER, Heartbeat, Join, Leave, OpenUpload, Upload, unpack
+from shared.protocol import (
+    MESSAGE_BYTES,
+    PART_BYTES,
+    PROTOCOL,
+    SITE_HEADER,
+    Heartbeat,
+    Join,
+    Leave,
+    OpenUpload,
+    Upload,
+    unpack,
+)
 
 GARBAGE = {
     "nothing": b"",
@@ -277,10 +288,10 @@ async def test_an_insecure_coordinator_takes_a_site_at_its_word_and_still_needs_
 
 
 async def test_another_protocol_is_refused_by_name(fleet: Any) -> None:
-    answer = await fleet.site("eu").ask("POST", "/v1/join", fleet.site("eu").joining(protocol=2))
+    answer = await fleet.site("eu").ask("POST", "/v1/join", fleet.site("eu").joining(protocol=PROTOCOL + 1))
     assert answer.status in (400, 401)
     site = fleet.site("us")
-    answer = await site.ask("POST", "/v1/join", site.joining(protocol=2))
+    answer = await site.ask("POST", "/v1/join", site.joining(protocol=PROTOCOL + 1))
     assert answer.is_problem(400, "wrong-protocol")
     assert fleet.coordinator.core.roster == set()
 

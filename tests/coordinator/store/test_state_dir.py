@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from coordinator.store.checkpoint import Checkpoints
-from coordinator.store.state_dir import StateDir
+from coordinator.store.state_dir import Initial, StateDir
 from shared.config import RunConfig, parse
 from shared.errors import ConfigError, CorruptError, IsthmusError
-from shared.fragments import F32, Layout
+from shared.fragments import Layout
 
 LAYOUT = Layout.from_wire([[("a", [3])], [("b", [2, 2])]])
 
@@ -30,8 +30,8 @@ def config(**tables: dict[str, Any]) -> RunConfig:
     return parse(RunConfig, values, "run.toml")
 
 
-def initial() -> tuple[Layout, list[F32], list[str]]:
-    return LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)], ["b"]
+def initial() -> Initial:
+    return Initial(LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)], ["b"], 64)
 
 
 def adopted(path: Path, run: RunConfig) -> str:
@@ -104,7 +104,7 @@ def test_a_new_directory_becomes_the_runs_and_is_its_own_at_the_next_start(tmp_p
     store.close()
     store = StateDir.hold(tmp_path)
 
-    def never() -> tuple[Layout, list[F32]]:
+    def never() -> Initial:
         raise AssertionError("weights are built once in a run's life")
 
     assert store.adopt_run(config(), tmp_path, never) is False

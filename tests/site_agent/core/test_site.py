@@ -433,13 +433,15 @@ def test_a_site_does_not_follow_with_nothing() -> None:
 
 def test_where_nobody_waits_the_learning_rate_follows_what_the_coordinator_reports() -> None:
     core = SiteCore.begin(Settings("unbounded", BUDGET, everyone=False), [(0, 0)] * 2, 6.0, peers=2)
-    core.told(5000)
+    core.told(5000, 3.0)
     assert core.furthest == 5000
-    core.told(4000)
-    assert core.furthest == 5000
+    train(core, 2)
+    assert core.furthest == 5000 + 3 * 20, "and what the run trains meanwhile"
+    core.told(5040, 3.0)
+    assert core.furthest == 5040, "the coordinator knows better"
 
 
 def test_in_a_full_quorum_run_it_follows_the_versions_alone() -> None:
     core = site("unbounded")
-    core.told(5000)
+    core.told(5000, 3.0)
     assert core.furthest == 0

@@ -1,0 +1,60 @@
+"""Counts that sites claim: bounded by the task where it knows, by three other sites where it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.core.claims import APART, LONGEST_CYCLES, LONGEST_SEQUENCE, Claims
+from coordinator.core.rounds import Contribution
+
+
+def claimed(site: str, tokens: int, steps: int = 10) -> Contribution:
+    return Contribution(f"{site}-1", site, 0, 0, tokens, steps)
+
+
+def noted(claims: Claims, **tokens: int) -> Claims:
+    for site, count in tokens.items():
+        claims.note(claims.credible(claimed(site, count)))
+    return claims
+
+
+@pytest.mark.parametrize("tokens", [10**18, 10 * 2 * 64 + 1])
+def test_no_step_counts_more_than_its_batch_can_hold(tokens: int) -> None:
+    claims = Claims(10, 2, sequence_tokens=64)
+    assert claims.credible(claimed("a", tokens)).tokens == 10 * 2 * 64
+    assert claims.credible(claimed("a", 10 * 2 * 64)).tokens == 10 * 2 * 64
+
+
+def test_a_low_claim_of_another_site_bounds_nobody_where_the_task_knows() -> None:
+    claims = noted(Claims(10, 2, sequence_tokens=64), low=1, low2=1, low3=1)
+    assert claims.credible(claimed("a", 1280)).tokens == 1280
+
+
+def test_where_the_task_does_not_know_the_middle_one_of_three_others_is_the_measure() -> None:
+    claims = noted(Claims(10, 2), a=100, b=1, c=10**18)
+    assert claims.credible(claimed("d", 10**18)).tokens == APART * 100
+    assert claims.credible(claimed("d", 700)).tokens == 700
+
+
+@pytest.mark.parametrize("others", [{}, {"b": 1}, {"b": 1, "c": 1}])
+def test_fewer_others_are_no_measure(others: dict[str, int]) -> None:
+    claims = noted(Claims(10, 2), **others)
+    assert claims.credible(claimed("a", 10**6)).tokens == 10**6, "an honest one would pass for the absurd one"
+    assert claims.credible(claimed("a", 10**18)).tokens == 10 * 2 * LONGEST_SEQUENCE
+    assert claims.credible(claimed("a", 10**18, steps=0)).tokens == 2 * LONGEST_SEQUENCE
+
+
+def test_no_contribution_stands_for_more_than_so_many_cycles() -> None:
+    claims = Claims(10, 2, sequence_tokens=64)
+    found = claims.credible(claimed("a", 10**18, steps=10**15))
+    assert (found.steps, found.tokens) == (LONGEST_CYCLES * 10, LONGEST_CYCLES * 10 * 2 * 64)
+
+
+def test_what_a_site_brings_is_known_from_its_last_contribution() -> None:
+    claims = Claims(50, 2)
+    assert (claims.steps_per_cycle("a"), claims.tokens_per_step("a")) == (50.0, 0.0)
+    noted(claims, a=100, b=300, c=200)
+    assert (claims.steps_per_cycle("a"), claims.tokens_per_step("a")) == (10.0, 10.0)
+    assert claims.tokens_per_step("new") == 20.0, "as the middle one of the others"
+    claims.note(claimed("a", 0, steps=0))
+    assert claims.steps_per_cycle("a") == 10.0, "a contribution of no step says nothing"
