@@ -14,8 +14,6 @@ import os
 import signal
 import socket
 import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from rich.live import Live
 from coordinator.export import export
 from lab.corpus import shakespeare
 from lab.display import progress_view, result_view
-from lab.fleet import Child, Fleet
+from lab.fleet import Child, Fleet, coordinator_status
 from lab.link import Link, LinkSettings
 from lab.measure import anchors_identical, training_speed
 from lab.sample import held_out_loss, load_exported
@@ -98,9 +96,6 @@ throttle = {throttle}
 [metrics]
 port = 0
 """
-
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ async def _train(console: Console, fleet: Fleet, config: RunConfig, throttles: l
         "coordinator",
         ["isthmus", "coordinator", "serve", "run.toml", "--state", str(state), "--port", str(port), "--insecure"],
     )
-    while await asyncio.to_thread(_status, url) is None:
+    while await asyncio.to_thread(coordinator_status, url) is None:
         fleet.check()
         await asyncio.sleep(0.2)
     names, links = NAMES[: len(throttles)], []
@@ -253,7 +248,7 @@ async def _watch(
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         while any(site.process.poll() is None for site in sites):
             fleet.check()
-            status = await asyncio.to_thread(_status, url) or status
+            status = await asyncio.to_thread(coordinator_status, url) or status
             elapsed = asyncio.get_running_loop().time() - began
             traffic = {name: (link.bytes_up, link.bytes_down) for name, link in links.items()}
             live.update(progress_view(status, elapsed, traffic))
@@ -261,7 +256,7 @@ async def _watch(
         fleet.check()
     # A contribution that came while a last merge was under way is merged by one more round.
     for _ in range(LAST_MERGES):
-        status = await asyncio.to_thread(_status, url)
+        status = await asyncio.to_thread(coordinator_status, url)
         if status is not None and status["state"] == "finished":
             return status
         await asyncio.sleep(0.2)
@@ -290,15 +285,6 @@ async def _baseline(console: Console, fleet: Fleet, config: RunConfig, sites: in
 def _write_run(path: Path, text: Path, sites: int, tokens: int) -> None:
     filled = RUN_TOML.format(tokens=tokens, sites=sites, paths=json.dumps(str(text)), warmup=tokens // 20)
     path.write_text(filled, encoding="utf-8")
-
-
-def _status(url: str) -> dict[str, Any] | None:
-    try:
-        with _direct.open(f"{url}/v1/status", timeout=5) as answer:
-            document: dict[str, Any] = json.load(answer)
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
-    return document
 
 
 def _usable_port(wanted: int) -> int:

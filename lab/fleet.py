@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from shared.errors import FaultError
 
@@ -90,6 +94,18 @@ class Fleet:
                 child.process.terminate()
         for child in reversed(self.children):
             self.stop(child)
+
+
+def coordinator_status(url: str) -> dict[str, Any] | None:
+    """The status document of the coordinator at `url` on this machine; None where it does not answer (yet)."""
+    # Loopback is never reached through a proxy.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/v1/status", timeout=5) as answer:
+            document: dict[str, Any] = json.load(answer)
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+    return document
 
 
 def _die_with_parent() -> None:

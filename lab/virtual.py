@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +26,16 @@ from site_agent.core.site import Align, Done, How, Settings, SiteCore, Snapshot,
 
 HEARTBEAT_SECONDS, READY_HEARTBEAT_SECONDS = 2.0, 0.25
 """As the agent's."""
+MOOD_STEPS = 16
+"""A mood lasts about so many inner steps."""
 
 
 @dataclass
 class VirtualSite:
     """One site: seconds of an inner step, of one way over its link, when it joins, and when it dies (if ever).
 
-    `bytes_per_second` None: a contribution's size costs no time.
+    `bytes_per_second` None: a contribution's size costs no time. `mood`: by how much its speed wanders, as the standard
+    deviation of the logarithm of a step's time (0.2: most steps within a factor of 1.5 of each other).
     """
 
     name: str
@@ -39,6 +44,7 @@ class VirtualSite:
     joins_at: float = 0.0
     dies_at: float | None = None
     bytes_per_second: float | None = None
+    mood: float = 0.0
     core: SiteCore | None = None
     waiting_since: float | None = None
     trained: float = 0.0
@@ -47,6 +53,18 @@ class VirtualSite:
     began: float = 0.0
     ended: float | None = None
     sent: int = 0
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.name)
+        self._wandered = self._random.gauss(0.0, 1.0)
+
+    def next_step_seconds(self) -> float:
+        """What the next inner step takes, as the site's mood is."""
+        if self.mood == 0:
+            return self.step_seconds
+        keeps = 1 - 1 / MOOD_STEPS
+        self._wandered = keeps * self._wandered + math.sqrt(1 - keeps**2) * self._random.gauss(0.0, 1.0)
+        return self.step_seconds * math.exp(self.mood * self._wandered)
 
     @property
     def running(self) -> SiteCore:
@@ -187,7 +205,8 @@ class VirtualRun:
             core.awaited, core.closing = self.core.awaited(site.name), self.core.closing(site.name)
             core.told(self.core.tokens, self.core.peers(site.name))
             self._resume(site)
-        pause = HEARTBEAT_SECONDS if site.core is not None else READY_HEARTBEAT_SECONDS
+        often = site.core is None or self.core.plan.follow
+        pause = READY_HEARTBEAT_SECONDS if often else HEARTBEAT_SECONDS
         self._at(self.now + pause, _bound(self._heartbeat, site))
 
     def _start(self, site: VirtualSite) -> None:
@@ -213,7 +232,8 @@ class VirtualRun:
         while not site.dead(self.now):
             match core.next_action():
                 case Step():
-                    self._at(self.now + site.step_seconds, _bound(self._stepped, site))
+                    seconds = site.next_step_seconds()
+                    self._at(self.now + seconds, _bound(self._stepped, site, seconds))
                     return
                 case Snapshot() as action:
                     core.snapshot_taken(action, self.now)
@@ -230,11 +250,11 @@ class VirtualRun:
                     self._carry_out(self.core.leave(site.name, site.name, self.now))
                     return
 
-    def _stepped(self, site: VirtualSite) -> None:
+    def _stepped(self, site: VirtualSite, seconds: float) -> None:
         if site.dead(self.now):
             return
-        site.trained += site.step_seconds
-        site.running.stepped(self.step(site), site.step_seconds)
+        site.trained += seconds
+        site.running.stepped(self.step(site), seconds)
         self._act(site)
 
     def _offer(self, site: VirtualSite, action: Snapshot, sent: Any) -> None:

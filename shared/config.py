@@ -71,8 +71,8 @@ class InnerTable(_Table):
 
 class OuterTable(_Table):
     optimizer: Literal["nesterov", "sgd", "delayed-nesterov", "adam"] = "nesterov"
-    lr: float = Field(0.7, gt=0, description="a number above 0")
-    momentum: float = Field(0.9, ge=0, lt=1, description="a number from 0 to below 1")
+    lr: float = Field(1.0, gt=0, description="a number above 0")
+    momentum: float = Field(0.5, ge=0, lt=1, description="a number from 0 to below 1")
     merge: Literal["mean", "rda"] = "mean"
     correction: Literal["none", "heloco"] = "none"
     partial: Literal["share", "full"] = "share"
@@ -94,7 +94,7 @@ class OuterTable(_Table):
 class RoundsTable(_Table):
     fragments: int = Field(4, ge=1, le=4096, description="P, a whole number from 1")
     layout: Literal["balanced", "strided"] = "balanced"
-    quorum: Literal["all"] | int = Field("all", description='"all" or a whole number from 1')
+    quorum: Literal["all"] | int = Field(1, description='"all" or a whole number from 1')
     grace_seconds: Literal["auto"] | float = Field("auto", description='"auto" or seconds from 0')
     deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
     max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
@@ -102,7 +102,7 @@ class RoundsTable(_Table):
     weight_cap: float = Field(16.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
     staleness_decay: float = Field(0.0, ge=0, le=10, description="a number from 0 (off)")
     overlap_steps: Literal["auto", "unbounded"] | int = Field(
-        2, description='τ: a whole number from 0, "auto" or "unbounded"'
+        "auto", description='τ: a whole number from 0, "auto" or "unbounded"'
     )
     align: Literal["overwrite", "blend", "carry"] = "carry"
     blend: float = Field(0.5, ge=0, le=1, description="α, a number from 0 to 1")

@@ -125,8 +125,12 @@ def test_the_whole_run_file_of_the_design_parses(tmp_path: Path) -> None:
 
 
 def test_a_minimal_run_file_gets_the_documented_defaults(tmp_path: Path) -> None:
-    """FULL states the design's values; whatever a run leaves out is exactly that (the schedule's warm-up is off)."""
+    """FULL states the design's values; whatever a run leaves out is that, but for the schedule's warm-up (off) and for
+    what was measured since (docs/algorithms.md)."""
     stated = tomllib.loads(FULL)
+    measured = {"outer": {"lr": 1.0, "momentum": 0.5}, "rounds": {"quorum": 1, "overlap_steps": "auto"}}
+    for table, keys in measured.items():
+        stated[table] |= keys
     stated["inner"]["warmup_tokens"] = 0
     stated["task"] = {"use": "byte-lm"}
     dumped = run_with("", tmp_path).model_dump(mode="json")
@@ -267,12 +271,12 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             'few sites: drop it, or optimizer = "nesterov"',
         ),
         (
-            '[rounds]\npacing = "follow"',
+            '[rounds]\nquorum = "all"\npacing = "follow"',
             '[rounds] pacing = "follow" joins rounds that have their quorum and are about to close, and with '
             'quorum = "all" none is: name a number for quorum, or use "equal-time"',
         ),
         (
-            "[rounds]\ngrace_seconds = 5",
+            '[rounds]\nquorum = "all"\ngrace_seconds = 5',
             '[rounds] grace_seconds has no effect with quorum = "all", which waits for everyone until '
             "deadline_seconds: drop it, or name a number for quorum",
         ),

@@ -237,7 +237,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         values: dict[str, Any] = {
             "run": {"name": "tiny", "tokens": 10**9, "min_sites": 1},
             "task": {"use": "task.py:Tiny"},
-            "rounds": {"fragments": 2},
+            "rounds": {"fragments": 2, "quorum": "all"},
             "wire": {"upload": "int8", "publish": "int8"},
         }
         for table, keys in tables.items():

@@ -1,0 +1,154 @@
+"""What the rows of `benchmarks.quality` say: the table, how much sooner one curve is anywhere than another, a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+Curve = Sequence[Sequence[float]]
+"""(virtual seconds, merged tokens, held-out loss) in order of time; the first point is the initial weights."""
+LEVELS = 50
+F64 = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def sooner(fast: Curve, slow: Curve) -> tuple[float, float] | None:
+    """How many times sooner `fast` reaches a loss than `slow`: (least, median) over all losses that both have passed
+    through, from the first measurement after the start on; None where there is none.
+
+    Curves are read as their lowest loss so far, straight between measurements.
+    """
+    first = min(fast[1][2], slow[1][2]) if len(fast) > 1 and len(slow) > 1 else 0.0
+    last = max(min(point[2] for point in fast), min(point[2] for point in slow))
+    if last >= first:
+        return None
+    levels = np.linspace(last, first, LEVELS)
+    ratios = _times(slow, levels) / _times(fast, levels)
+    return float(ratios.min()), float(np.median(ratios))
+
+
+def loss_at(curve: Curve, seconds: float) -> float:
+    """The loss at a virtual time, straight between measurements; the last one after the end."""
+    return float(np.interp(seconds, [point[0] for point in curve], [point[2] for point in curve]))
+
+
+def _times(curve: Curve, levels: F64) -> F64:
+    """When the curve's lowest loss so far first reaches each level."""
+    seconds = np.array([point[0] for point in curve])
+    losses = np.minimum.accumulate([point[2] for point in curve])
+    # np.interp wants a rising x; where the loss stands still the earliest time counts.
+    falling = np.concatenate(([True], losses[1:] < losses[:-1]))
+    found: F64 = np.interp(-levels, -losses[falling], seconds[falling])
+    return found
+
+
+def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, slow: Sequence[str]) -> Table:
+    """Means over seeds, in the order of `notes`. `base` is what losses are compared with, `default` the setting whose
+    end is the equal time, and `slow` those that it is compared with in time."""
+    shown = Table(title=f"held-out loss at {rows[0]['budget']:,} tokens (nats per byte), virtual time")
+    headings = (
+        "setting",
+        "loss",
+        "± seeds",
+        f"to {base}",
+        "at equal time",
+        "virtual s",
+        "sites",
+        "cosine",
+        "MB up",
+        "",
+    )
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading in ("setting", "") else "right")
+    reference, end = _mean(rows, base, "eval_loss"), _mean(rows, default, "virtual_seconds")
+    for name, note in notes.items():
+        mine = [row for row in rows if row["setting"] == name]
+        if not mine:
+            continue
+        losses = [row["eval_loss"] for row in mine]
+        mean = statistics.mean(losses)
+        shown.add_row(
+            name,
+            f"{mean:.4f}",
+            f"{statistics.stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else "– (1)",
+            f"{mean / reference - 1:+.1%}" if reference else "–",
+            f"{statistics.mean(loss_at(row['curve'], end) for row in mine):.3f}" if end else "–",
+            f"{statistics.mean(row['virtual_seconds'] for row in mine):,.0f}",
+            _optional(mine, "sites_per_round", ".2f"),
+            _optional(mine, "cosine", "+.2f"),
+            _optional(mine, "bytes_up", ".1f", 1e-6),
+            note,
+        )
+    shown.caption = "\n".join(_in_time(rows, default, name) for name in slow) or None
+    return shown
+
+
+def show(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, slow: Sequence[str]) -> None:
+    """Prints the table of each token budget."""
+    for budget in sorted({row["budget"] for row in rows}):
+        Console(width=180).print(
+            table([row for row in rows if row["budget"] == budget], notes, default, base, slow), end="\n\n"
+        )
+
+
+def _in_time(rows: Sequence[Row], fast: str, slow: str) -> str:
+    found = []
+    for mine in (row for row in rows if row["setting"] == fast):
+        for other in (row for row in rows if row["setting"] == slow and row["seed"] == mine["seed"]):
+            found.append(sooner(mine["curve"], other["curve"]))
+    known = [each for each in found if each is not None]
+    if not known:
+        return f"{fast} beside {slow}: not measured"
+    least, median = min(each[0] for each in known), statistics.median(each[1] for each in known)
+    return f"{fast} gets to any loss at least {least:.2f} times sooner than {slow} (median {median:.2f})"
+
+
+def plot(rows: Sequence[Row], order: Sequence[str], bold: Mapping[str, str], tokens: int, file: Path) -> None:
+    """Loss over virtual time and over tokens: each setting's mean over seeds, `bold` ones in their colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(16, 7.5), sharey=True)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    here = [row for row in rows if row["budget"] == tokens]
+    ends = []
+    for number, name in enumerate(name for name in order if any(row["setting"] == name for row in here)):
+        curves = [np.array(row["curve"]) for row in here if row["setting"] == name]
+        points = min(len(curve) for curve in curves)
+        seconds, merged, losses = np.mean([curve[:points] for curve in curves], axis=0).T
+        ends.append(losses[-1])
+        style: dict[str, Any] = {"color": colours[number % 20], "linewidth": 1.1}
+        style |= {"linestyle": "-" if number < 20 else "--"}
+        if name in bold:
+            style = {"color": bold[name], "linewidth": 2.6, "zorder": 3}
+        axes[0].plot(seconds[1:], losses[1:], label=name, **style)
+        axes[1].plot(merged[1:], losses[1:], **style)
+    axes[0].set(xlabel="virtual seconds (log)", ylabel="held-out loss, nats per byte", xscale="log")
+    axes[1].set(xlabel="merged tokens")
+    if ends:
+        axes[0].set_ylim(min(ends) - 0.03, min(ends) + 1.0)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{tokens:,} tokens of Shakespeare; means over seeds")
+    figure.legend(loc="outside lower center", fontsize=8, ncols=6)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _mean(rows: Sequence[Row], name: str, field: str) -> float | None:
+    values = [row[field] for row in rows if row["setting"] == name]
+    return statistics.mean(values) if values else None
+
+
+def _optional(rows: Sequence[Row], field: str, form: str, scale: float = 1.0) -> str:
+    values = [row[field] * scale for row in rows if row.get(field) is not None]
+    return format(statistics.mean(values), form) if values else "–"
