@@ -339,7 +339,10 @@ class RunCore:
         """Whether this site should evaluate now; the lease goes to one site at a time."""
         step = 1 if self.finished else max(1, self.plan.tokens // EVALUATIONS)
         due = self._evaluated < 0 or self.tokens >= self._evaluated + step
-        free = self._evaluator is None or self._evaluator[1] <= now or self._evaluator[0] not in self.members.live
+        holder, until = self._evaluator or ("", now)
+        # At the end the holder may be told again: it asks once more before it leaves, and an order that crossed the end
+        # of its training was never read.
+        free = until <= now or holder not in self.members.live or (self.finished and holder == site)
         if not (due and free and self.started):
             return False
         self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)

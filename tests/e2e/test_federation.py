@@ -31,7 +31,7 @@ def small_run(text: Path, **changes: dict[str, Any]) -> dict[str, dict[str, Any]
         "task": {"use": "byte-lm", "paths": str(text), "context": 16, "width": 32, "layers": 1, "heads": 2},
         "inner": {"lr": 3e-3, "steps": 8, "batch_size": 8},
         "outer": {"lr": 1.0, "momentum": 0.5},
-        "rounds": {"fragments": 2, "overlap_steps": 2, "pacing": "equal-steps"},
+        "rounds": {"fragments": 2, "quorum": "all", "overlap_steps": 2, "pacing": "equal-steps"},
         "wire": {},
     }
     for table, values in changes.items():
@@ -43,7 +43,7 @@ def toy_run(min_sites: int) -> dict[str, dict[str, Any]]:
     return {
         "run": {"name": "toy", "tokens": 10, "min_sites": min_sites},
         "task": {"use": f"{TOY}:Toy"},
-        "rounds": {"fragments": 2},
+        "rounds": {"fragments": 2, "quorum": "all", "overlap_steps": 2},
     }
 
 
@@ -184,7 +184,7 @@ def test_the_newest_of_two_agents_with_one_name_wins(tmp_path: Path) -> None:
     tables = {
         "run": {"name": "toy", "tokens": 10, "min_sites": 2},
         "task": {"use": f"{TOY}:Toy"},
-        "rounds": {"fragments": 2},
+        "rounds": {"fragments": 2, "quorum": "all", "overlap_steps": 2},
     }
     with live(run_config(tables), tmp_path / "state") as served:
         older, newer = (Agent(site_config("a", served.url, tmp_path)) for _ in range(2))

@@ -32,7 +32,7 @@ def write_run(directory: Path) -> dict[str, dict[str, Any]]:
             "heads": 2,
         },
         "inner": {"lr": 3e-3, "steps": 8, "batch_size": 8},
-        "rounds": {"fragments": 2, "overlap_steps": 2, "pacing": "equal-steps"},
+        "rounds": {"fragments": 2, "quorum": "all", "overlap_steps": 2, "pacing": "equal-steps"},
     }
     lines = []
     for name, table in tables.items():

@@ -31,7 +31,7 @@ def test_a_full_quorum_run_has_the_same_course_in_virtual_time(tmp_path: Path, c
         "task": {"use": "byte-lm", "paths": str(text), "context": 16, "width": 32, "layers": 1, "heads": 2},
         "inner": {"lr": 3e-3, "steps": 8, "batch_size": 8},
         "outer": {"lr": 1.0, "momentum": 0.5, **changes.get("outer", {})},
-        "rounds": {"fragments": 2, "pacing": "equal-steps", **changes["rounds"]},
+        "rounds": {"fragments": 2, "quorum": "all", "pacing": "equal-steps", **changes["rounds"]},
     }
     config = run_config(tables)
     with live(config, tmp_path / "state") as served:

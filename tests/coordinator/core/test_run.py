@@ -353,6 +353,16 @@ def test_a_lost_evaluator_gives_way() -> None:
     assert core.take_evaluation("a", EVALUATION_LEASE_SECONDS), "or it has left"
 
 
+def test_at_the_end_the_evaluator_is_told_again() -> None:
+    """An order that crosses the end of a site's training is never read; the site asks once more before it leaves."""
+    core = training("a", "b", plan=replace(PLAN, fragments=1))
+    assert core.take_evaluation("a", 0.0)
+    assert not core.take_evaluation("a", 1.0), "it is at it"
+    assert core.published(0, 1, 1000, 1.0) == [FinishRun()]
+    assert not core.take_evaluation("b", 2.0)
+    assert core.take_evaluation("a", 2.0)
+
+
 def test_the_last_weights_are_evaluated_however_few_tokens_they_add() -> None:
     core = training("a", plan=replace(PLAN, fragments=1))
     core.fragments[0].tokens = 999

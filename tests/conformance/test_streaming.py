@@ -30,7 +30,7 @@ def recipe(tokens: int = 36, **rounds: Any) -> dict[str, dict[str, Any]]:
             "weight_decay": 0.0,
         },
         "outer": {"optimizer": "sgd", "lr": 2.0},
-        "rounds": {"fragments": 2, "overlap_steps": 0, "pacing": "equal-steps", **rounds},
+        "rounds": {"fragments": 2, "quorum": "all", "overlap_steps": 0, "pacing": "equal-steps", **rounds},
         "wire": {"upload": "fp32", "publish": "fp32"},
     }
 
