@@ -220,10 +220,10 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = 0 leaves none: '
                 'use grace_seconds = "auto" or a number above 0, or pacing = "equal-time"'
             )
-        if rounds.grace_seconds == "auto" and rounds.overlap_steps in ("unbounded", 0):
+        if rounds.grace_seconds == "auto" and rounds.overlap_steps == 0:
             raise ValueError(
                 '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = "auto" is none with '
-                f"overlap_steps = {_toml(rounds.overlap_steps)}: name seconds for grace_seconds"
+                "overlap_steps = 0: name seconds for grace_seconds"
             )
     if rounds.staleness_decay > 0 and rounds.quorum == 1:
         if outer.optimizer == "delayed-nesterov":
@@ -236,10 +236,6 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
                 'drop it, or use a quorum above 1, or partial = "share"'
             )
-
-
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _check_outer(outer: OuterTable) -> None:

@@ -228,8 +228,10 @@ class SiteCore:
 
     @property
     def overlap_seconds(self) -> float:
-        """What τ steps take here; 0 where τ has no bound or nothing is measured."""
-        return (self.tempo.overlap(self.settings.overlap) or 0) * self.tempo.step_seconds
+        """How long this site goes on without a version that it waits for: what τ steps take here, or a cycle where that
+        is shorter, because then the fragment is due again; 0 before a step is measured."""
+        overlap = self.tempo.overlap(self.settings.overlap)
+        return min(self.pace if overlap is None else overlap, self.pace) * self.tempo.step_seconds
 
     # -- rules
 

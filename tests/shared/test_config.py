@@ -286,9 +286,9 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             'use grace_seconds = "auto" or a number above 0, or pacing = "equal-time"',
         ),
         (
-            '[rounds]\nquorum = 1\npacing = "follow"\noverlap_steps = "unbounded"',
+            '[rounds]\nquorum = 1\npacing = "follow"\noverlap_steps = 0',
             '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = "auto" is none with '
-            'overlap_steps = "unbounded": name seconds for grace_seconds',
+            "overlap_steps = 0: name seconds for grace_seconds",
         ),
         (
             '[outer]\npartial = "full"\n[rounds]\nquorum = 1\nstaleness_decay = 0.5',

@@ -132,11 +132,12 @@ def test_auto_aligns_before_its_bound_when_the_version_is_here() -> None:
     assert take_up(core) == Align(0, 1, "align")
 
 
-def test_overlap_seconds_are_zero_where_there_is_no_bound() -> None:
-    assert site("unbounded").overlap_seconds == 0
-    core = site(2)
-    train(core, 1, seconds=0.25)
-    assert core.overlap_seconds == 0.5
+def test_a_site_goes_on_without_a_version_for_a_cycle_at_most() -> None:
+    assert site("unbounded").overlap_seconds == 0, "nothing is measured"
+    for overlap, seconds in (("unbounded", 3.0), (1, 0.5), (20, 3.0)):
+        core = site(overlap)
+        core.tempo.stepped(0.5)
+        assert core.overlap_seconds == seconds, "the fragment is due again after six steps"
 
 
 # ---- one contribution at a time
