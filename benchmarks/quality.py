@@ -119,10 +119,16 @@ SETTINGS = [
     Setting("decoupled-by-play", "the defaults, each site its own plays", BY_PLAY),
     Setting("heloco-by-play", "with HeLoCo's correction", _with(HELOCO, BY_PLAY)),
     Setting("decoupled-one-dies", "the defaults; the second site dies half way", dies=True),
+    Setting("paced-moody", "full quorum, DyLU, τ by time; speeds wander by a factor of 1.5", PACED, mood=MOOD),
     Setting("decoupled-moody", "the defaults; speeds wander by a factor of 1.5", mood=MOOD),
 ]
 NAMED = {setting.name: setting for setting in SETTINGS}
-SLOW = ("unpaced-full-quorum", "paced-full-quorum", BASE)
+PAIRS = [
+    (DEFAULT, "unpaced-full-quorum"),
+    (DEFAULT, "paced-full-quorum"),
+    (DEFAULT, BASE),
+    ("decoupled-moody", "paced-moody"),
+]
 
 
 def tables_of(setting: Setting, text: str, tokens: int, seed: int) -> dict[str, dict[str, Any]]:
@@ -130,7 +136,7 @@ def tables_of(setting: Setting, text: str, tokens: int, seed: int) -> dict[str, 
     base: Tables = {
         "run": {"name": setting.name, "seed": seed, "tokens": tokens, "min_sites": len(setting.steps)},
         "task": {"use": "byte-lm", "paths": text, "context": 64, "width": 64, "layers": 3, "heads": 4},
-        "inner": {"lr": 3e-3, "steps": 16, "batch_size": 8, "warmup_tokens": min(50_000, tokens // 10)},
+        "inner": {"lr": 3e-3, "steps": 16, "batch_size": 8, "warmup_tokens": tokens // 16},
         "rounds": {"fragments": 4},
     }
     return _with(base, setting.tables)
@@ -169,7 +175,11 @@ def _federated(setting: Setting, config: RunConfig) -> dict[str, Any]:
         sites[1].dies_at = config.run.tokens / tokens_per_step / together / 2
     run = TrainedRun(config, Path(), sites, _evaluations(config))
     run.run()
-    times = sorted(when for when, _ in run.closed)
+    gaps = [
+        later - when
+        for p in range(config.rounds.fragments)
+        for when, later in itertools.pairwise(when for when, close in run.closed if close.fragment == p)
+    ]
     living = [site for site in sites if site.dies_at is None]
     return {
         "tokens": run.core.tokens,
@@ -179,7 +189,7 @@ def _federated(setting: Setting, config: RunConfig) -> dict[str, Any]:
         "bytes_down": run.bytes_down,
         "training_share": min(site.trained / (run.now - site.began) for site in living),
         "longest_wait_seconds": max(site.longest_wait for site in living),
-        "longest_gap_seconds": max((later - when for when, later in itertools.pairwise(times)), default=0.0),
+        "longest_gap_seconds": max(gaps, default=0.0),
         "rounds": len(run.closed),
         "sites_per_round": statistics.mean(len(close.contributions) for _, close in run.closed),
         "cosine": statistics.mean(run.cosines) if run.cosines else None,
@@ -217,7 +227,7 @@ def _data_parallel(setting: Setting, config: RunConfig) -> dict[str, Any]:
         "tokens": found.tokens,
         "eval_loss": found.eval_loss,
         "virtual_seconds": found.steps * seconds,
-        "training_share": min(setting.steps) / seconds,
+        "training_share": min(setting.steps) * setting.batches / len(setting.steps) / seconds,
         "curve": curve,
     }
 
@@ -243,7 +253,9 @@ def _write(file: Path | None, copy: float, rows: Sequence[Mapping[str, Any]]) ->
     if file is not None:
         places = {name: place for place, name in enumerate(NAMED)}
         ordered = sorted(rows, key=lambda row: (row["budget"], places[row["setting"]], row["seed"]))
-        file.write_text(json.dumps({"machine": machine(copy), "rows": ordered}) + "\n", encoding="utf-8")
+        beside = file.with_suffix(".part")
+        beside.write_text(json.dumps({"machine": machine(copy), "rows": ordered}) + "\n", encoding="utf-8")
+        beside.replace(file)
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -288,7 +300,7 @@ def main() -> None:
             _write(options.json, copy, rows)
             print(f"{row['setting']} seed {row['seed']}: {row['eval_loss']:.4f} in {row['seconds']:.0f} s", flush=True)
     if rows:
-        show(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, SLOW)
+        show(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, PAIRS)
         print("\n".join(_agreement(rows)))
     if options.plot is not None:
         # A run in real processes is its double in virtual time; its own seconds are those of this machine.

@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 Curve = Sequence[Sequence[float]]
 """(virtual seconds, merged tokens, held-out loss) in order of time; the first point is the initial weights."""
 LEVELS = 50
+Pairs = Sequence[tuple[str, str]]
 F64 = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -48,9 +49,9 @@ def _times(curve: Curve, levels: F64) -> F64:
     return found
 
 
-def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, slow: Sequence[str]) -> Table:
+def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, pairs: Pairs) -> Table:
     """Means over seeds, in the order of `notes`. `base` is what losses are compared with, `default` the setting whose
-    end is the equal time, and `slow` those that it is compared with in time."""
+    end is the equal time, and `pairs` are (fast, slow) settings that are compared in time."""
     shown = Table(title=f"held-out loss at {rows[0]['budget']:,} tokens (nats per byte), virtual time")
     headings = (
         "setting",
@@ -85,28 +86,34 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
             _optional(mine, "bytes_up", ".1f", 1e-6),
             note,
         )
-    shown.caption = "\n".join(_in_time(rows, default, name) for name in slow) or None
+    shown.caption = "\n".join(_in_time(rows, fast, slow) for fast, slow in pairs) or None
     return shown
 
 
-def show(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, slow: Sequence[str]) -> None:
+def show(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, pairs: Pairs) -> None:
     """Prints the table of each token budget."""
     for budget in sorted({row["budget"] for row in rows}):
         Console(width=180).print(
-            table([row for row in rows if row["budget"] == budget], notes, default, base, slow), end="\n\n"
+            table([row for row in rows if row["budget"] == budget], notes, default, base, pairs), end="\n\n"
         )
 
 
 def _in_time(rows: Sequence[Row], fast: str, slow: str) -> str:
-    found = []
-    for mine in (row for row in rows if row["setting"] == fast):
-        for other in (row for row in rows if row["setting"] == slow and row["seed"] == mine["seed"]):
-            found.append(sooner(mine["curve"], other["curve"]))
-    known = [each for each in found if each is not None]
-    if not known:
+    curves = [mean_curve([row for row in rows if row["setting"] == name]) for name in (fast, slow)]
+    if (found := sooner(curves[0], curves[1])) is None:
         return f"{fast} beside {slow}: not measured"
-    least, median = min(each[0] for each in known), statistics.median(each[1] for each in known)
-    return f"{fast} gets to any loss at least {least:.2f} times sooner than {slow} (median {median:.2f})"
+    return f"{fast} gets to any loss at least {found[0]:.2f} times sooner than {slow} (median {found[1]:.2f})"
+
+
+def mean_curve(rows: Sequence[Row]) -> Curve:
+    """Point by point over seeds; where they have not equally many, the first and the last always count."""
+    if not rows:
+        return []
+    curves = [np.array(row["curve"]) for row in rows]
+    points = min(len(curve) for curve in curves)
+    kept = [np.concatenate((curve[: points - 1], curve[-1:])) for curve in curves]
+    mean: list[list[float]] = np.mean(kept, axis=0).tolist()
+    return mean
 
 
 def plot(rows: Sequence[Row], order: Sequence[str], bold: Mapping[str, str], tokens: int, file: Path) -> None:
@@ -121,9 +128,7 @@ def plot(rows: Sequence[Row], order: Sequence[str], bold: Mapping[str, str], tok
     here = [row for row in rows if row["budget"] == tokens]
     ends = []
     for number, name in enumerate(name for name in order if any(row["setting"] == name for row in here)):
-        curves = [np.array(row["curve"]) for row in here if row["setting"] == name]
-        points = min(len(curve) for curve in curves)
-        seconds, merged, losses = np.mean([curve[:points] for curve in curves], axis=0).T
+        seconds, merged, losses = np.array(mean_curve([row for row in here if row["setting"] == name])).T
         ends.append(losses[-1])
         style: dict[str, Any] = {"color": colours[number % 20], "linewidth": 1.1}
         style |= {"linestyle": "-" if number < 20 else "--"}

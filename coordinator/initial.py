@@ -40,6 +40,8 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
     embeddings = [name for name, parameter in model.named_parameters() if id(parameter) in embedded]
     # Tasks may be any class with the three methods that are required; this one is not.
     sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
+    if sequence_tokens is not None and not (isinstance(sequence_tokens, int) and sequence_tokens > 0):
+        raise ConfigError(f"[task] use: sequence_tokens of {config.task.use!r} is {sequence_tokens!r}, not a count")
     return Initial(layout, [fragment.flatten(arrays) for fragment in layout.fragments], embeddings, sequence_tokens)
 
 

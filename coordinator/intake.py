@@ -146,11 +146,11 @@ class Intake:
         claimed = Contribution(
             upload.id, opening.site, opening.fragment, opening.base_version, header.tokens, header.steps
         )
-        contribution = self._core.claims.credible(claimed)
+        contribution = self._core.credible(claimed, self._clock())
         if contribution != claimed:
             self._metrics.bounded.labels(opening.site, "tokens").inc()
             log.warning(
-                "site %s claims %d tokens in %d steps, which nothing can train; counted as %d in %d",
+                "site %s claims %d tokens in %d steps, which is not believable; counted as %d in %d",
                 *(opening.site, claimed.tokens, claimed.steps, contribution.tokens, contribution.steps),
             )
         await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)

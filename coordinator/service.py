@@ -239,6 +239,7 @@ class Coordinator:
             message.training_share,
             message.loss,
             message.repairs,
+            message.evaluates,
         )
         await self._carry_out(_allowed(self.core.heartbeat(site, message.session, report, self.clock())))
         self._note_absurd_speeds()

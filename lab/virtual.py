@@ -271,7 +271,7 @@ class VirtualRun:
             self._follow(site, p, state.merging or state.version, "overwrite" if finished else "rebase")
             return
         claimed = Contribution(id_, site.name, p, action.base_version, action.tokens, action.steps)
-        contribution = self.core.claims.credible(claimed)
+        contribution = self.core.credible(claimed, self.now)
         self.store(contribution, sent)
         version, decisions = self.core.accept(contribution, self.now)
 

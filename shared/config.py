@@ -6,7 +6,9 @@ data. Unknown keys are refused (a misspelt key that is silently ignored costs a 
 
 Keys beyond those of the design's section 4: `[run] min_sites` (a run of several sites must not begin
 with whoever came first, or its result depends on luck), `[store]` (how much history the coordinator
-keeps), `[devices] threads` and `throttle`, `[site] patience_seconds` and `checkpoint_seconds`. Their
+keeps), `[devices] threads` and `throttle`, `[site] patience_seconds`, `checkpoint_seconds` and `evaluate`, and the
+keys of decoupled training (`[outer] partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`,
+`staleness_decay`). Their
 reasons stand in docs/configuration.md.
 """
 
@@ -99,7 +101,7 @@ class RoundsTable(_Table):
     deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
     max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
     weighting: Literal["uniform", "tokens", "tokens2-per-step"] = "tokens"
-    weight_cap: float = Field(16.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
+    weight_cap: float = Field(8.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
     staleness_decay: float = Field(0.0, ge=0, le=10, description="a number from 0 (off)")
     overlap_steps: Literal["auto", "unbounded"] | int = Field(
         "auto", description='τ: a whole number from 0, "auto" or "unbounded"'
@@ -225,16 +227,17 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 '[rounds] pacing = "follow" joins rounds within their grace, and grace_seconds = "auto" is none with '
                 "overlap_steps = 0: name seconds for grace_seconds"
             )
-    if rounds.staleness_decay > 0 and rounds.quorum == 1:
+    alone = rounds.quorum == 1 and rounds.grace_seconds == 0
+    if rounds.staleness_decay > 0 and alone:
         if outer.optimizer == "delayed-nesterov":
             raise ValueError(
                 "[rounds] staleness_decay has no effect on rounds of one contribution with optimizer = "
-                '"delayed-nesterov": drop it, or use a quorum above 1, or optimizer = "nesterov"'
+                '"delayed-nesterov": drop it, or allow a grace, or optimizer = "nesterov"'
             )
         if outer.partial == "full":
             raise ValueError(
                 '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
-                'drop it, or use a quorum above 1, or partial = "share"'
+                'drop it, or allow a grace, or partial = "share"'
             )
 
 
@@ -290,6 +293,7 @@ class SiteTable(_Table):
     patience_seconds: float = Field(30, ge=0, description="how long to go on trying to reach the coordinator at start")
     outage_seconds: float = Field(3600, ge=0, description="how long to go on through an outage while training")
     checkpoint_seconds: float = Field(300, gt=0, description="seconds between local checkpoints")
+    evaluate: bool = Field(True, description="true or false: whether this site may be asked to evaluate")
 
 
 class DevicesTable(_Table):

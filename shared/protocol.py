@@ -147,7 +147,8 @@ class Evaluation(Message):
 
 
 class Heartbeat(Message):
-    """Sent on a connection of its own. `step_seconds` is the median inner step; 0 where not yet measured."""
+    """Sent on a connection of its own. `step_seconds` is the median inner step; 0 where not yet measured.
+    `evaluates`: the site has held-out data, and may be asked to evaluate the published weights."""
 
     run: RunId
     session: Annotated[str, Field(max_length=64)]
@@ -161,6 +162,7 @@ class Heartbeat(Message):
     loss: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None
     evaluation: Evaluation | None
     repairs: Count
+    evaluates: bool
 
 
 class Leave(Message):

@@ -176,6 +176,7 @@ class Agent:
         self.courier.report = Report("ready", step_seconds=seconds)
         while not self._orders.started:
             self._take_in(self.courier.events.get())
+        self.courier.evaluates = self.config.site.evaluate
         self.settings = Settings(run.rounds.overlap_steps, run.run.tokens, run.rounds.quorum == "all")
         if saved is None:
             self._begin(anchors, seconds, joined.fragments)
@@ -441,6 +442,7 @@ class Agent:
         """The held-out loss of the published weights, on a model of its own, beside the training."""
         batches = self.task.eval_batches(self.run_config.inner.batch_size)
         if batches is None:
+            self.courier.evaluates = False
             return
         model = copy.deepcopy(self.trainer.model)
         load_flat(model, self.layout, (anchor.flat for anchor in anchors))

@@ -139,6 +139,7 @@ class Courier:
         self._upload_codec, self._zstd_level, self._feedback = "fp32", 0, False
         self._follows = False
         self.repairs = 0
+        self.evaluates = True
 
     # -- called by the agent's thread
 
@@ -280,6 +281,7 @@ class Courier:
             loss=report.loss if report.loss is not None and abs(report.loss) <= 1e6 else None,
             evaluation=evaluation,
             repairs=self.repairs,
+            evaluates=self.evaluates,
         )
 
     async def _rejoin(self, session: str) -> None:

@@ -7,6 +7,7 @@ there are three: the middle one of three is honest if two are; of two that diffe
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ LONGEST_CYCLES = 16
 """Cycles that one contribution may stand for. One is the rule; after an outage or a refusal it holds more."""
 WITNESSES, APART = 3, 8.0
 """So many other sites are a measure, and so many times their middle one is believed."""
+REACH = 3.0
+"""So many times what the fastest site can have trained meanwhile is believed."""
 LONGEST_SEQUENCE = 1 << 20
 """Tokens; the bound while nothing else is known."""
 
@@ -32,9 +35,14 @@ class Claims:
     _rates: dict[str, float] = field(default_factory=dict)
     _cycles: dict[str, int] = field(default_factory=dict)
 
-    def credible(self, claimed: Contribution) -> Contribution:
-        """The contribution with its counts bounded."""
-        steps = min(claimed.steps, LONGEST_CYCLES * self.steps)
+    def credible(self, claimed: Contribution, reach: float | None = None) -> Contribution:
+        """The contribution with its counts bounded. `reach`: how many inner steps the fastest site can have taken since
+        this one's last contribution; None where that is not known."""
+        most = LONGEST_CYCLES * self.steps
+        if reach is not None:
+            # Measured speeds lag behind; a site that has just become faster must not be cut short.
+            most = min(most, math.ceil(REACH * reach) + 2)
+        steps = min(claimed.steps, most)
         return replace(
             claimed, steps=steps, tokens=min(claimed.tokens, int(max(1, steps) * self._most_tokens(claimed.site)))
         )

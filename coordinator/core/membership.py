@@ -29,6 +29,7 @@ class Report:
     training_share: float = 0.0
     loss: float | None = None
     repairs: int = 0
+    evaluates: bool = True
 
 
 @dataclass

@@ -7,13 +7,19 @@ import statistics
 from collections.abc import Mapping
 
 FASTEST = 64.0
-"""No site is taken to be faster than so many times the lower median of all: one absurd report would otherwise leave the
-others a step a cycle."""
+"""No site is believed to be faster than so many times the lower median of all: one absurd report would otherwise leave
+the others a step a cycle."""
 
 
 def speed_bound(speeds: Mapping[str, float]) -> float:
     """The largest believable speed among `speeds`."""
     return FASTEST * statistics.median_low(speeds.values()) if speeds else math.inf
+
+
+def believable(speeds: Mapping[str, float]) -> dict[str, float]:
+    """The speeds that are no more than the bound."""
+    bound = speed_bound(speeds)
+    return {site: speed for site, speed in speeds.items() if speed <= bound}
 
 
 def dylu(speeds: Mapping[str, float], steps: int) -> dict[str, int]:
@@ -24,10 +30,9 @@ def dylu(speeds: Mapping[str, float], steps: int) -> dict[str, int]:
 def paces(speeds: Mapping[str, float], steps: int) -> dict[str, float]:
     """speed/fastest · H before rounding; `speeds` in inner steps per second, H = `steps`.
 
-    A site carries the fraction into its next cycle. Rounded down for good, a site with H = 4 would be early
-    by up to a quarter of every cycle and spend it waiting.
+    The fastest is the fastest that is believable; whoever claims more takes H steps, and the others theirs. A site
+    carries the fraction into its next cycle. Rounded down for good, a site with H = 4 would be early by up to a quarter
+    of every cycle and spend it waiting.
     """
-    bound = speed_bound(speeds)
-    speeds = {site: min(speed, bound) for site, speed in speeds.items()}
-    fastest = max(speeds.values(), default=0.0)
-    return {site: steps * speed / fastest if fastest > 0 else float(steps) for site, speed in speeds.items()}
+    fastest = max(believable(speeds).values(), default=0.0)
+    return {site: steps * min(1.0, speed / fastest) if fastest > 0 else float(steps) for site, speed in speeds.items()}

@@ -54,14 +54,6 @@ class Tempo:
     sync: float
 
 
-@dataclass(frozen=True)
-class Cycle:
-    """What a site trains from one contribution to the next: inner steps (with a fraction), and tokens of each."""
-
-    steps: float
-    tokens_per_step: float
-
-
 @dataclass
 class OpenRound:
     """Contributions collected so far, by id; times are those of the first and of the K-th one."""
@@ -151,26 +143,21 @@ def weights(contributions: Sequence[Contribution], policy: Policy, version: int)
     return [value / total for value in raw]
 
 
-def share(
-    contributions: Sequence[Contribution], cycles: Mapping[str, Cycle], policy: Policy, version: int, *, early: bool
-) -> float:
-    """The part of a full round that these contributions are worth, 0 to 1: the tokens that they bring, each times
-    (1 + staleness)^−decay, against those and what the sites of `cycles` that are missing would bring in a cycle.
+def share(contributions: Sequence[Contribution], cycles: Mapping[str, float], policy: Policy, version: int) -> float:
+    """The part of a full round that these contributions are worth, 0 to 1: what their sites train in a cycle, against
+    what all sites of `cycles` (tokens by site) do, times the mean (1 + staleness)^−decay of the tokens.
 
-    Where sites may come `early` (pacing = "follow"), one that has not trained its cycle yet counts with the whole of
-    it, so that the shares of its contributions add up.
+    By who is here, not by how much they bring: a contribution of half a cycle has half the length already.
     """
-    tokens: dict[str, int] = {}
-    steps: dict[str, int] = {}
-    for contribution in contributions:
-        tokens[contribution.site] = tokens.get(contribution.site, 0) + contribution.tokens
-        steps[contribution.site] = steps.get(contribution.site, 0) + contribution.steps
-    full = float(sum(tokens.values()))
-    for site, cycle in sorted(cycles.items()):
-        if site not in tokens or (early and steps[site] < math.floor(cycle.steps)):
-            full += max(0.0, cycle.steps * cycle.tokens_per_step - tokens.get(site, 0))
-    brought = math.fsum(c.tokens * _freshness(c, policy, version) for c in contributions)
-    return brought / full if brought > 0 else 0.0
+    tokens = sum(contribution.tokens for contribution in contributions)
+    if tokens == 0:
+        return 0.0
+    here = {contribution.site for contribution in contributions}
+    order = sorted(here | cycles.keys())
+    everyone = math.fsum(cycles.get(site, 0.0) for site in order)
+    present = math.fsum(cycles.get(site, 0.0) for site in order if site in here)
+    fresh = math.fsum(c.tokens * _freshness(c, policy, version) for c in contributions) / tokens
+    return fresh * (present / everyone if everyone > 0 else 1.0)
 
 
 def _freshness(contribution: Contribution, policy: Policy, version: int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from coordinator.core import pacing, rounds
 from coordinator.core.claims import Claims
 from coordinator.core.membership import Membership, Report
-from coordinator.core.rounds import Contribution, Cycle, OpenRound, Policy, Reason, Tempo
+from coordinator.core.rounds import Contribution, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
 
 EVALUATIONS = 20
@@ -116,6 +116,7 @@ class RunCore:
         self.roster: set[str] = set()
         self.reports: dict[str, Report] = {}
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
+        self._accepted_at: dict[tuple[str, int], float] = {}
         self.started = False
         self.finished = False
         self._evaluated = -1
@@ -221,6 +222,7 @@ class RunCore:
         state = self.fragments[contribution.fragment]
         self.members.renew(contribution.site, now)
         self._note(contribution)
+        self._accepted_at[contribution.site, contribution.fragment] = now
         target = state.target
         state.open.add(contribution, self.plan.policy, now)
         return target, self._close_due(now)
@@ -325,10 +327,11 @@ class RunCore:
 
     def peers(self, site: str) -> float:
         """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
-        paces = self._paces() or {}
-        if site not in paces:
+        # Where rounds wait for everyone all take their pace; where they do not, each trains as fast as it can.
+        rates = (self._paces() or {}) if self.plan.policy.quorum is None else self._speeds()
+        if site not in rates:
             return float(max(1, len(self.members.live)))
-        return max(1.0, sum(paces.values()) / paces[site])
+        return max(1.0, sum(rates.values()) / rates[site])
 
     def shard(self, site: str) -> tuple[int, int]:
         """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""
@@ -336,17 +339,26 @@ class RunCore:
         return dealt.index(site), len(dealt)
 
     def take_evaluation(self, site: str, now: float) -> bool:
-        """Whether this site should evaluate now; the lease goes to one site at a time."""
+        """Whether this site should evaluate now; the lease goes to one site at a time that trains and is willing."""
         step = 1 if self.finished else max(1, self.plan.tokens // EVALUATIONS)
         due = self._evaluated < 0 or self.tokens >= self._evaluated + step
         holder, until = self._evaluator or ("", now)
         # At the end the holder may be told again: it asks once more before it leaves, and an order that crossed the end
         # of its training was never read.
         free = until <= now or holder not in self.members.live or (self.finished and holder == site)
-        if not (due and free and self.started):
+        member = self.members.live.get(site)
+        willing = member is not None and member.report.state == "training" and member.report.evaluates
+        if not (due and free and willing and self.started):
             return False
         self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
         return True
+
+    def credible(self, claimed: Contribution, now: float) -> Contribution:
+        """The contribution with its counts bounded by what its site can have trained since its last one."""
+        since = self._accepted_at.get((claimed.site, claimed.fragment))
+        speeds = pacing.believable(self._speeds())
+        reach = None if since is None or not speeds else (now - since) * max(speeds.values())
+        return self.claims.credible(claimed, reach)
 
     def absurd_speeds(self) -> list[str]:
         """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,
@@ -364,20 +376,21 @@ class RunCore:
         self.claims.note(contribution)
 
     def _paces(self) -> dict[str, float] | None:
-        """The pace of each site that is ready or trains; None where one has not measured its speed."""
+        """The pace of each site that is ready or trains; None where one has not been heard of since a restart. One that
+        reports no speed takes H steps, and is no measure for the others."""
         taking_part = [member.site for member in self.members.in_state("ready", "training")]
         if not self.plan.equal_time:
             return dict.fromkeys(taking_part, float(self.plan.steps))
-        speeds = self._speeds()
-        if len(speeds) < len(taking_part):
+        if any(site not in self.reports for site in taking_part):
             return None
-        return {site: max(1.0, pace) for site, pace in pacing.paces(speeds, self.plan.steps).items()}
+        paces = pacing.paces(self._speeds(), self.plan.steps)
+        return {site: max(1.0, paces.get(site, float(self.plan.steps))) for site in taking_part}
 
-    def _cycles(self, sites: Sequence[str]) -> dict[str, Cycle]:
-        """What each site is expected to train from one contribution to the next."""
+    def _cycles(self, sites: Iterable[str]) -> dict[str, float]:
+        """The tokens that each site is expected to train from one contribution to the next."""
         paces = self._paces() or {}
         return {
-            site: Cycle(paces.get(site) or self.claims.steps_per_cycle(site), self.claims.tokens_per_step(site))
+            site: (paces.get(site) or self.claims.steps_per_cycle(site)) * self.claims.tokens_per_step(site)
             for site in sites
         }
 
@@ -434,13 +447,7 @@ class RunCore:
                     tuple(contributions),
                     tuple(rounds.weights(contributions, self.plan.policy, state.merging)),
                     reason,
-                    rounds.share(
-                        contributions,
-                        self._cycles(sorted(sites)),
-                        self.plan.policy,
-                        state.merging,
-                        early=self.plan.follow,
-                    ),
+                    rounds.share(contributions, self._cycles(sites), self.plan.policy, state.merging),
                     len(sites),
                 )
             )

@@ -64,7 +64,7 @@ def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
     f32 = np.float32
     lr, mu = f32(rule.lr), f32(rule.momentum)
     if rule.optimizer == "nesterov":
-        scaled = (lr, f32(rule.share), f32(rule.momentum**rule.share), f32(rule.share * rule.momentum))
+        scaled = (lr, f32(rule.share), f32(rule.momentum**rule.share), f32(_mix(rule.momentum, rule.share)))
         return lambda delta, master, slots, published, out: kernels.nesterov(
             delta, master, slots[0], published, *scaled, out
         ), 0
@@ -85,15 +85,50 @@ def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
         return lambda delta, master, slots, published, out: kernels.adam(
             delta, master, slots[0], slots[1], published, *scalars, out
         ), steps
-    period, total = max(1, rule.period), count + arrivals
-    if total < period:
-        between = (lr, f32(arrivals / period), f32(arrivals), f32(arrivals * rule.delay_c * rule.momentum))
-        return lambda delta, master, slots, published, out: kernels.delayed(
-            delta, master, slots[0], slots[1], published, *between, out
-        ), total
-    # What the arrivals before this one have not taken of the momentum; a round can overshoot the period.
-    mix = max(0.0, 1 - rule.delay_c * count) * rule.momentum
-    boundary = (lr, f32(arrivals / period), f32(arrivals), f32(mix), mu, f32(1 / total))
+    return _delayed(rule, count, arrivals)
+
+
+def _mix(momentum: float, share: float) -> float:
+    """How much of the momentum a part of a step takes, so that the parts of a round move Θ as far as the whole: μ for a
+    whole one; for less, what makes a steady gradient's Σ Δ(1 + μ/(1 − μ)) the same."""
+    return momentum if share == 1.0 else momentum * (1 - momentum**share) / (1 - momentum)
+
+
+def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
+    """Delayed Nesterov on `arrivals` arrivals of one gradient: up to the momentum's update, over it, and on."""
+    f32, period = np.float32, max(1, rule.period)
+    lr, mu, inverse = f32(rule.lr), f32(rule.momentum), f32(1 / period)
+    parts: list[Update] = []
+    while arrivals > 0:
+        # (The count can stand above a period that was lowered meanwhile.)
+        taken = min(arrivals, max(1, period - count))
+        share, many = f32(taken / period), f32(taken)
+        if count + taken >= period:
+            # What the arrivals before this one have not taken of the momentum.
+            mix = f32(max(0.0, 1 - rule.delay_c * count) * rule.momentum)
+            parts.append(_boundary(lr, share, many, mix, mu, inverse))
+            count = 0
+        else:
+            parts.append(_between(lr, share, many, f32(taken * rule.delay_c * rule.momentum)))
+            count += taken
+        arrivals -= taken
+
+    def update(delta: F32, master: F32, slots: Sequence[F32], published: F32, out: F32) -> None:
+        for part in parts:
+            part(delta, master, slots, published, out)
+
+    return update, count
+
+
+def _between(lr: np.float32, share: np.float32, arrivals: np.float32, mix: np.float32) -> Update:
+    return lambda delta, master, slots, published, out: kernels.delayed(
+        delta, master, slots[0], slots[1], published, lr, share, arrivals, mix, out
+    )
+
+
+def _boundary(
+    lr: np.float32, share: np.float32, arrivals: np.float32, mix: np.float32, beta: np.float32, inverse: np.float32
+) -> Update:
     return lambda delta, master, slots, published, out: kernels.delayed_boundary(
-        delta, master, slots[0], slots[1], published, *boundary, out
-    ), 0
+        delta, master, slots[0], slots[1], published, lr, share, arrivals, mix, beta, inverse, out
+    )

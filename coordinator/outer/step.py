@@ -21,7 +21,7 @@ import xxhash
 
 from coordinator.outer import kernels
 from coordinator.outer.optimizers import SLOTS, OuterRule, Update, update_of
-from coordinator.outer.rules import TINY, Combination, Measures, combination, mean_cosine
+from coordinator.outer.rules import Combination, Measures, combination, mean_cosine
 from shared.codecs import CODECS
 from shared.codecs import warm_up as warm_up_codecs
 from shared.codecs.kernels import F32, accumulate_fp32, square_sum
@@ -29,6 +29,8 @@ from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment, combine_digests, d
 from shared.wire import Container, Header, pack_container, pack_section, tensor_table
 
 T = TypeVar("T")
+CANCELLED = 1e-5
+"""A weighted mean of unit vectors that is shorter than this is what rounding left of zero."""
 
 
 @dataclass
@@ -237,7 +239,8 @@ class _Merge:
             for index, (_, sections) in enumerate(self._tensors):
                 if (length := self._combinations[index].length) is not None:
                     norm = math.sqrt(math.fsum(self._sum_squares[section] for section in sections))
-                    self._scales[index] = np.float32(length / max(norm, TINY))
+                    # Directions that cancel leave the rounding of fp32, which has none.
+                    self._scales[index] = np.float32(length / norm if norm > CANCELLED else 0.0)
 
     def merged(self, section: int, chunk: Chunk) -> F32:
         """The merged pseudo-gradient of a chunk, in an array that the caller may keep."""

@@ -223,8 +223,14 @@ class SiteCore:
     def told(self, tokens: int, peers: float) -> None:
         """The coordinator has merged so many tokens, and the run takes `peers` inner steps for each one of this site:
         where nobody waits, the learning rate follows these reports."""
-        if not self.settings.everyone:
-            self.reported, self.furthest = Progress(tokens, self.tokens, peers), float(tokens)
+        if self.settings.everyone:
+            return
+        if self.reported is None or tokens != self.reported.merged:
+            self.reported = Progress(tokens, self.tokens, peers)
+        else:
+            # Said again, of what this site has trained on since: it is not back where it was.
+            self.reported.ratio = peers
+        self.furthest = self.reported.estimate(self.tokens)
 
     @property
     def overlap_seconds(self) -> float:

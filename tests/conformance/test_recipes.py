@@ -64,6 +64,39 @@ def test_a_buffer_of_three_takes_a_third_of_each_unit_gradient() -> None:
     np.testing.assert_allclose(np.diff([0.0, *(float(theta[0]) for theta in course)]), [-1 / 3] * 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("period", "arrivals"), [(4, 3), (2, 5), (4, 4), (3, 7)])
+def test_a_round_that_overshoots_the_period_is_its_arrivals_one_by_one(period: int, arrivals: int) -> None:
+    """Unit gradients have no mean to lose, so rounds of any size end where single arrivals do."""
+    ones = np.ones(1, np.float32)
+    rule = OuterRule("delayed-nesterov", 1.0, 0.9, "fp32", 0, period=period)
+    ends = []
+    for size in (1, arrivals):
+        master, published, out = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(1, np.float32)
+        slots, count = [np.zeros(1, np.float32), np.zeros(1, np.float32)], 0
+        for _ in range(60 * arrivals * period // size):
+            update, count = update_of(rule, count, size)
+            update(ones.copy(), master, slots, published, out)
+        ends.append(float(master[0]))
+    assert math.isclose(ends[0], ends[1], rel_tol=1e-3)
+
+
+# ---- a part of a Nesterov step (ours)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 16])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_parts_of_a_step_move_as_far_as_the_whole(parts: int, momentum: float) -> None:
+    ends = []
+    for count in (1, parts):
+        rule = OuterRule("nesterov", 1.0, momentum, "fp32", 0, share=1 / count)
+        master, published, out = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(1, np.float32)
+        slots = [np.zeros(1, np.float32)]
+        for _ in range(400 * count):
+            update_of(rule, 0, 1)[0](np.ones(1, np.float32), master, slots, published, out)
+        ends.append(float(master[0]))
+    assert math.isclose(ends[0], ends[1], rel_tol=0.02)
+
+
 # ---- DyLU, weighted mean
 
 

@@ -153,6 +153,7 @@ def ready(coordinator: Coordinator, session: str) -> Heartbeat:
         loss=None,
         evaluation=None,
         repairs=0,
+        evaluates=True,
     )
 
 

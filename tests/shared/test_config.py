@@ -291,14 +291,14 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             "overlap_steps = 0: name seconds for grace_seconds",
         ),
         (
-            '[outer]\npartial = "full"\n[rounds]\nquorum = 1\nstaleness_decay = 0.5',
+            '[outer]\npartial = "full"\n[rounds]\nquorum = 1\ngrace_seconds = 0\nstaleness_decay = 0.5',
             '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
-            'drop it, or use a quorum above 1, or partial = "share"',
+            'drop it, or allow a grace, or partial = "share"',
         ),
         (
-            '[outer]\noptimizer = "delayed-nesterov"\n[rounds]\nquorum = 1\nstaleness_decay = 0.5',
+            '[outer]\noptimizer = "delayed-nesterov"\n[rounds]\nquorum = 1\ngrace_seconds = 0\nstaleness_decay = 0.5',
             "[rounds] staleness_decay has no effect on rounds of one contribution with optimizer = "
-            '"delayed-nesterov": drop it, or use a quorum above 1, or optimizer = "nesterov"',
+            '"delayed-nesterov": drop it, or allow a grace, or optimizer = "nesterov"',
         ),
         (
             '[outer]\noptimizer = "adam"',

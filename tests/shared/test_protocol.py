@@ -60,6 +60,7 @@ HEARTBEAT = Heartbeat(
     loss=None,
     evaluation=EVALUATION,
     repairs=0,
+    evaluates=True,
 )
 OUTCOME = Outcome(accepted=True, version=4)
 OPENING = OpenUpload(

@@ -128,6 +128,7 @@ class Site:
             "loss": None,
             "evaluation": None,
             "repairs": 0,
+            "evaluates": True,
         }
         return Heartbeat.model_construct(**values | changed)
 

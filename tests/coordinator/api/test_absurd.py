@@ -47,8 +47,8 @@ async def test_an_absurd_speed_does_not_change_the_pace_of_the_others(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             await liar.beat("training", step_seconds=1e-12)
-    assert (await a.beat("training", step_seconds=1.0)).pace == 1.0
-    assert (await b.beat("training", step_seconds=0.5)).pace == 2.0, "64 times the middle one at most is believed"
+    assert (await a.beat("training", step_seconds=1.0)).pace == 64.0
+    assert (await b.beat("training", step_seconds=0.5)).pace == 128.0, "as if the liar were not there"
     assert await metric(fleet, "isthmus_claims_bounded_total") == {'{site="liar",what="speed"}': 1.0}
     assert caplog.text.count("site liar reports 1e-12 s") == 1, "named once, not with each heartbeat"
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from coordinator.core.rounds import (
     Contribution,
-    Cycle,
     OpenRound,
     Policy,
     Tempo,
@@ -211,23 +210,17 @@ def test_older_contributions_weigh_less_where_that_is_wanted() -> None:
     assert weights(sent, ALL, version=4) == [0.5, 0.5]
 
 
-def test_the_share_of_a_full_round_is_by_tokens() -> None:
-    sent = [contribution("a", tokens=30, steps=3), contribution("b", tokens=10, steps=1)]
-    a, b, c = Cycle(3.2, 10.0), Cycle(1.9, 10.0), Cycle(4.0, 10.0)
-    assert share(sent, {"a": a, "b": b}, ALL, 1, early=False) == 1.0, "what came counts, not what was expected of it"
-    assert share(sent, {"a": a, "b": b, "c": c}, ALL, 1, early=False) == 0.5
-    assert share([contribution("a", tokens=0, steps=3)], {"a": a, "b": b}, ALL, 1, early=False) == 0.0
-    assert share(sent, {}, ALL, 1, early=False) == 1.0
-
-
-def test_contributions_that_come_early_share_a_cycle_between_them() -> None:
-    cycles = dict.fromkeys("ab", Cycle(4.0, 10.0))
-    early = [contribution(site, tokens=10, steps=1) for site in "ab"]
-    rest = [contribution(site, tokens=30, steps=3) for site in "ab"]
-    assert share(early, cycles, ALL, 1, early=True) + share(rest, cycles, ALL, 1, early=True) == 1.0
+def test_the_share_of_a_round_is_what_its_sites_train_against_what_all_do() -> None:
+    sent = [contribution("a", tokens=30), contribution("b", tokens=10)]
+    cycles = {"a": 32.0, "b": 16.0}
+    assert share(sent, cycles, ALL, 1) == 1.0
+    assert share(sent, cycles | {"c": 48.0}, ALL, 1) == 0.5
+    assert share([contribution("a", tokens=1)], cycles, ALL, 1) == 32 / 48, "a short cycle is a short step already"
+    assert share([contribution("a", tokens=0)], cycles, ALL, 1) == 0.0, "nothing was trained"
+    assert share(sent, {}, ALL, 1) == 1.0, "nothing is known yet"
 
 
 def test_a_stale_contribution_makes_its_round_worth_less_where_that_is_wanted() -> None:
-    policy, cycles = replace(ALL, staleness_decay=0.5), {"a": Cycle(1.0, 10.0)}
-    assert share([contribution("a", base=0)], cycles, policy, 1, early=False) == 1.0
-    assert share([contribution("a", base=0)], cycles, policy, 4, early=False) == 0.5, "(1 + 3)^-1/2"
+    policy, cycles = replace(ALL, staleness_decay=0.5), {"a": 10.0}
+    assert share([contribution("a", base=0)], cycles, policy, 1) == 1.0
+    assert share([contribution("a", base=0)], cycles, policy, 4) == 0.5, "(1 + 3)^-1/2"

@@ -303,12 +303,21 @@ def test_a_pace_is_in_proportion_to_measured_speed() -> None:
 
 
 def test_a_pace_is_at_least_one_step() -> None:
-    assert paced(0.001, 10.0) == [50.0, 1.0]
+    assert paced(0.2, 12.0) == [50.0, 1.0]
 
 
-def test_a_site_that_has_not_reported_its_speed_leaves_every_pace_as_it_was() -> None:
-    """After a restart of the coordinator the first to report is not the fastest."""
-    assert paced(0.1, 0.0) == [None, None]
+def test_a_site_that_was_not_heard_of_since_a_restart_leaves_every_pace_as_it_was() -> None:
+    """The first to report is not the fastest."""
+    core = RunCore(PLAN)
+    core.restore([(0, 0)] * 2, [], ["a", "b"], [("a", "a"), ("b", "b")], started=True, evaluated=-1, now=0.0)
+    core.heartbeat("a", "a", Report("training", step_seconds=1.0), 1.0)
+    assert core.pace("a") is None
+    core.heartbeat("b", "b", Report("training", step_seconds=0.5), 1.0)
+    assert (core.pace("a"), core.pace("b")) == (25.0, 50.0)
+
+
+def test_a_site_that_reports_no_speed_takes_h_steps_and_is_no_measure_for_the_others() -> None:
+    assert paced(0.1, 0.0, 0.2) == [50.0, 50.0, 25.0]
 
 
 def test_equal_steps_ignores_speed() -> None:
@@ -371,6 +380,15 @@ def test_the_last_weights_are_evaluated_however_few_tokens_they_add() -> None:
     assert not core.take_evaluation("a", 0.0)
     assert core.published(0, 1, 1, 1.0) == [FinishRun()]
     assert core.take_evaluation("a", 2.0)
+
+
+def test_only_a_site_that_trains_and_is_willing_evaluates() -> None:
+    core = training("a", "b")
+    core.join("late", "late", 1.0)
+    assert not core.take_evaluation("late", 1.0), "its orders at joining are not read before it trains"
+    core.heartbeat("a", "a", replace(TRAINING, evaluates=False), 1.0)
+    assert not core.take_evaluation("a", 1.0)
+    assert core.take_evaluation("b", 1.0)
 
 
 def test_nobody_evaluates_before_the_start() -> None:
@@ -505,6 +523,19 @@ def test_rounds_that_were_opened_at_the_same_time_are_served_in_order_of_fragmen
 # ---- absurd claims
 
 
+def test_no_site_has_trained_more_since_its_last_contribution_than_a_fast_one_could() -> None:
+    core = training("a", "b")
+    core.heartbeat("a", "a", replace(TRAINING, step_seconds=0.1), 0.0)
+    core.heartbeat("b", "b", replace(TRAINING, step_seconds=1.0), 0.0)
+    liar = Contribution("1", "b", 0, 0, 10**9, 10**9)
+    assert core.credible(liar, 1.0).steps == 16 * PLAN.steps, "its first one may hold anything"
+    core.accept(replace(liar, tokens=10, steps=1), 1.0)
+    late = replace(liar, id="2", base_version=1)
+    assert core.credible(late, 2.0).steps == 3 * 10 + 2, "the fast one takes ten steps a second"
+    honest = replace(late, steps=20, tokens=200)
+    assert core.credible(honest, 3.0) == honest
+
+
 def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
     core = training("a", "b", "c")
     assert core.peers("a") == 3, "nothing is measured yet"
@@ -513,6 +544,10 @@ def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
     assert (core.peers("a"), core.peers("c")) == (1.75, 7.0)
     even = training("a", "b", plan=replace(PLAN, equal_time=False))
     assert even.peers("a") == 2
+    alone = training("a", "b", plan=replace(quorum_of_one(), equal_time=False))
+    for site, seconds in (("a", 1.0), ("b", 3.0)):
+        alone.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
+    assert alone.peers("b") == pytest.approx(4.0), "where nobody waits the fast one trains on meanwhile"
 
 
 def test_absurd_speeds_are_named() -> None:
@@ -520,7 +555,7 @@ def test_absurd_speeds_are_named() -> None:
     for site, seconds in (("a", 1.0), ("b", 0.5), ("c", 1e-9)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
     assert core.absurd_speeds() == ["c"]
-    assert core.pace("a") == 1.0
+    assert (core.pace("a"), core.pace("b"), core.pace("c")) == (25.0, 50.0, 50.0)
     core.heartbeat("c", "c", replace(TRAINING, step_seconds=0.25), 2.0)
     assert core.absurd_speeds() == []
     assert core.pace("a") == 12.5

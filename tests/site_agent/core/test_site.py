@@ -438,6 +438,8 @@ def test_where_nobody_waits_the_learning_rate_follows_what_the_coordinator_repor
     assert core.furthest == 5000
     train(core, 2)
     assert core.furthest == 5000 + 3 * 20, "and what the run trains meanwhile"
+    core.told(5000, 3.0)
+    assert core.furthest == 5060, "said again, it takes nothing back"
     core.told(5040, 3.0)
     assert core.furthest == 5040, "the coordinator knows better"
 
