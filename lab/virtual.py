@@ -77,6 +77,19 @@ class VirtualSite:
         return self.dies_at is not None and now >= self.dies_at
 
 
+@dataclass(frozen=True)
+class _Orders:
+    """What the coordinator answers to a heartbeat; see shared.protocol.Orders."""
+
+    started: bool
+    finished: bool
+    pace: float | None
+    peers: float
+    tokens: int
+    awaited: list[tuple[int, int]]
+    closing: list[tuple[int, int]]
+
+
 class VirtualRun:
     """`run` goes on until every living site is done. `closed` holds every round that was closed, with its time."""
 
@@ -196,25 +209,48 @@ class VirtualRun:
                 core.overlap_seconds,
                 core.tempo.sync_seconds,
             )
-        self._carry_out(self.core.heartbeat(site.name, site.name, report, self.now))
-        if core is None and self.core.started:
-            self._start(site)
+        self._at(self.now + site.link_seconds, _bound(self._heard, site, report))
+
+    def _heard(self, site: VirtualSite, report: Report) -> None:
+        """The report is at the coordinator; its orders are at the site another way later."""
+        if site.ended is not None or site.dead(self.now):
+            return
+        name = site.name
+        self._carry_out(self.core.heartbeat(name, name, report, self.now))
+        core = self.core
+        orders = _Orders(
+            core.started,
+            core.finished,
+            core.pace(name),
+            core.peers(name),
+            core.tokens,
+            core.awaited(name),
+            core.closing(name),
+        )
+        self._at(self.now + site.link_seconds, _bound(self._obey, site, orders))
+
+    def _obey(self, site: VirtualSite, orders: _Orders) -> None:
+        if site.ended is not None or site.dead(self.now):
+            return
+        core = site.core
+        if core is None and orders.started:
+            self._start(site, orders)
         elif core is not None:
-            core.pace = self.core.pace(site.name) or core.pace
-            core.run_finished = self.core.finished
-            core.awaited, core.closing = self.core.awaited(site.name), self.core.closing(site.name)
-            core.told(self.core.tokens, self.core.peers(site.name))
+            core.pace = orders.pace or core.pace
+            core.run_finished = orders.finished
+            core.awaited, core.closing = orders.awaited, orders.closing
+            core.told(orders.tokens, orders.peers)
             self._resume(site)
         often = site.core is None or self.core.plan.follow
         pause = READY_HEARTBEAT_SECONDS if often else HEARTBEAT_SECONDS
         self._at(self.now + pause, _bound(self._heartbeat, site))
 
-    def _start(self, site: VirtualSite) -> None:
+    def _start(self, site: VirtualSite, orders: _Orders) -> None:
         versions = [(fragment.version, fragment.tokens) for fragment in self.core.fragments]
-        pace = self.core.pace(site.name) or float(self.core.plan.steps)
-        site.core = SiteCore.begin(self.settings, versions, pace, self.core.peers(site.name))
+        pace = orders.pace or float(self.core.plan.steps)
+        site.core = SiteCore.begin(self.settings, versions, pace, orders.peers)
         site.core.tempo.stepped(site.step_seconds)
-        site.core.told(self.core.tokens, self.core.peers(site.name))
+        site.core.told(orders.tokens, orders.peers)
         site.began = self.now
         self.begin(site)
         self._at(self.now, _bound(self._act, site))
