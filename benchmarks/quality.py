@@ -111,16 +111,27 @@ SETTINGS = [
     Setting("decoupled-paper", "the same with η 0.7, μ 0.9", PAPER),
     Setting("decoupled-rda", "the same with RDA", _outer(merge="rda")),
     Setting("decoupled-full", "each round a whole step", _outer(partial="full")),
+    Setting(
+        "decoupled-no-grace", "pure async: each arrival is a round, worth its share", {"rounds": {"grace_seconds": 0}}
+    ),
+    Setting("decoupled-follow", "sites join rounds that are about to close", {"rounds": {"pacing": "follow"}}),
+    Setting("decoupled-overwrite", "aligned by overwriting", {"rounds": {"align": "overwrite"}}),
+    Setting("decoupled-uniform", "contributions weigh the same", {"rounds": {"weighting": "uniform"}}),
     Setting("heloco", "with HeLoCo's correction", HELOCO),
     Setting("naive-async-even", "1:1:1:1, each arrival a whole step", NAIVE, EVEN),
     Setting("delayed-nesterov-even", "1:1:1:1, Delayed Nesterov", DELAYED, EVEN),
     Setting("decoupled-even", "1:1:1:1, the defaults", {}, EVEN),
+    Setting("decoupled-even-by-play", "1:1:1:1, each site its own plays", BY_PLAY, EVEN),
+    Setting("naive-async-by-play", "each arrival a whole step, each site its own plays", _with(NAIVE, BY_PLAY)),
     Setting("paced-by-play", "full quorum, DyLU, each site its own plays", _with(PACED, BY_PLAY)),
     Setting("decoupled-by-play", "the defaults, each site its own plays", BY_PLAY),
     Setting("heloco-by-play", "with HeLoCo's correction", _with(HELOCO, BY_PLAY)),
     Setting("decoupled-one-dies", "the defaults; the second site dies half way", dies=True),
     Setting("paced-moody", "full quorum, DyLU, τ by time; speeds wander by a factor of 1.5", PACED, mood=MOOD),
     Setting("decoupled-moody", "the defaults; speeds wander by a factor of 1.5", mood=MOOD),
+    Setting(
+        "no-grace-moody", "without grace; speeds wander by a factor of 1.5", {"rounds": {"grace_seconds": 0}}, mood=MOOD
+    ),
 ]
 NAMED = {setting.name: setting for setting in SETTINGS}
 PAIRS = [
