@@ -46,6 +46,7 @@ LINK = 4.0
 ROUND_TRIP_STEPS = 9
 """τ that covers a link both ways where a step takes a second: the two ways, and the step in which the answer falls."""
 MOOD = 0.2
+OTHER = "OTHER WEIGHTS"
 EVALUATIONS = 40
 QUICK_TOKENS, QUICK_EVALUATIONS = 60_000, 8
 Tables = Mapping[str, Mapping[str, Any]]
@@ -276,7 +277,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for other in rows:
             same = other["setting"] == NAMED[row["setting"]].double
             if same and (other["seed"], other["budget"]) == (row["seed"], row["budget"]):
-                verdict = "the same weights, bit for bit," if other["weights"] == row["weights"] else "OTHER WEIGHTS"
+                verdict = "the same weights, bit for bit," if other["weights"] == row["weights"] else OTHER
                 said.append(
                     f"{row['setting']}, seed {row['seed']}, {row['budget']:,} tokens: {verdict} as in virtual time; "
                     f"loss {row['eval_loss']:.6f} and {other['eval_loss']:.6f}"
@@ -310,13 +311,17 @@ def main() -> None:
             rows.append(row)
             _write(options.json, copy, rows)
             print(f"{row['setting']} seed {row['seed']}: {row['eval_loss']:.4f} in {row['seconds']:.0f} s", flush=True)
+    said: list[str] = []
     if rows:
         show(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, PAIRS)
-        print("\n".join(_agreement(rows)))
+        said = _agreement(rows)
+        print("\n".join(said))
     if options.plot is not None:
         # A run in real processes is its double in virtual time; its own seconds are those of this machine.
         order = [setting.name for setting in SETTINGS if not setting.double]
         plot(rows, order, {DEFAULT: "crimson", BASE: "black"}, tokens, options.plot)
+    if any(OTHER in sentence for sentence in said):
+        raise SystemExit("a run in real processes did not end in the weights of its double in virtual time")
 
 
 if __name__ == "__main__":
