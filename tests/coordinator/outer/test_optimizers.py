@@ -182,6 +182,16 @@ def test_rda_brings_each_tensor_to_the_mean_length_and_leaves_embeddings_to_the_
     assert stepped.cosine == pytest.approx(0.0, abs=0.02)
 
 
+@pytest.mark.parametrize("times", [1.0, 3.0, 7.0])
+def test_rda_of_opposite_contributions_moves_nothing(pool: ThreadPoolExecutor, times: float) -> None:
+    """Their directions cancel but for the rounding of fp32, which must not be brought to their mean length."""
+    push = values(1)
+    at, rule = state(), replace(NESTEROV, optimizer="sgd", lr=1.0, momentum=0.0, merge="rda")
+    before = at.master.copy()
+    step(at, [sent(push, 0.5), sent(-np.float32(times) * push, 0.5)], rule, pool)
+    np.testing.assert_array_equal(at.master, before)
+
+
 def test_heloco_turns_what_is_at_a_right_angle_to_the_momentum(pool: ThreadPoolExecutor) -> None:
     at, rule = state(), replace(NESTEROV, correction="heloco")
     push = values(1)
