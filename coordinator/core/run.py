@@ -19,6 +19,8 @@ from shared.protocol import Code
 EVALUATIONS = 20
 """How often a run's published weights are evaluated over its token budget."""
 EVALUATION_LEASE_SECONDS = 300.0
+MOST_PEERS = 1e6
+"""A site that calls itself slower than this against the run is taken at it."""
 
 
 @dataclass(frozen=True)
@@ -328,10 +330,11 @@ class RunCore:
     def peers(self, site: str) -> float:
         """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
         # Where rounds wait for everyone all take their pace; where they do not, each trains as fast as it can.
-        rates = (self._paces() or {}) if self.plan.policy.quorum is None else self._speeds()
-        if site not in rates:
+        everyone = self.plan.policy.quorum is None
+        rates = (self._paces() or {}) if everyone else pacing.paces(self._speeds(), self.plan.steps)
+        if rates.get(site, 0.0) <= 0:
             return float(max(1, len(self.members.live)))
-        return max(1.0, sum(rates.values()) / rates[site])
+        return min(MOST_PEERS, max(1.0, sum(rates.values()) / rates[site]))
 
     def shard(self, site: str) -> tuple[int, int]:
         """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""

@@ -59,38 +59,21 @@ def delayed(
     share: np.float32,
     arrivals: np.float32,
     mix: np.float32,
-    out: F32,
-) -> None:
-    """Between two momentum updates (Async Local-SGD, arXiv 2401.09135): Δ_acc ← Δ_acc + `arrivals`·g;
-    Θ ← Θ − ε(`mix`·m + `share`·g); out = Θ − Θ̂."""
-    for i in range(delta.size):
-        accumulated[i] += arrivals * delta[i]
-        theta = master[i] - lr * (mix * momentum[i] + share * delta[i])
-        master[i] = theta
-        out[i] = theta - published[i]
-
-
-@_jit
-def delayed_boundary(
-    delta: F32,
-    master: F32,
-    momentum: F32,
-    accumulated: F32,
-    published: F32,
-    lr: np.float32,
-    share: np.float32,
-    arrivals: np.float32,
-    mix: np.float32,
     beta: np.float32,
     inverse: np.float32,
+    keep: np.float32,
     out: F32,
 ) -> None:
-    """The arrival that updates the momentum: m ← βm + (Δ_acc + `arrivals`·g)·`inverse`; Δ_acc ← 0;
-    Θ ← Θ − ε(`mix`·m + `share`·g); out = Θ − Θ̂."""
+    """Δ_acc ← Δ_acc + `arrivals`·g; m ← `beta`·m + `inverse`·Δ_acc; Θ ← Θ − ε(`mix`·m + `share`·g);
+    Δ_acc ← `keep`·Δ_acc; out = Θ − Θ̂ (Async Local-SGD, arXiv 2401.09135).
+
+    Between two updates of the momentum β = 1, inverse = 0 and keep = 1, which changes no bit of m; at one keep = 0.
+    """
     for i in range(delta.size):
-        m = beta * momentum[i] + inverse * (accumulated[i] + arrivals * delta[i])
+        collected = accumulated[i] + arrivals * delta[i]
+        m = beta * momentum[i] + inverse * collected
         momentum[i] = m
-        accumulated[i] = np.float32(0)
+        accumulated[i] = keep * collected
         theta = master[i] - lr * (mix * m + share * delta[i])
         master[i] = theta
         out[i] = theta - published[i]

@@ -37,8 +37,8 @@ class OuterRule:
 
     `share` is the part of a full round that this one is worth (see `core.rounds.share`): Nesterov, SGD and Adam then
     take that part of a step, and Nesterov's momentum decays by that part (Adam's moments are averages over rounds, of
-    whatever size). `period` and `delay_c` are N and c of Delayed
-    Nesterov, which has its own way of it; `momentum` is μ, β or β₁, `beta2` and `epsilon` are Adam's.
+    whatever size). `period` and `delay_c` are N and c of Delayed Nesterov, which has its own way of it; `momentum` is
+    μ, β or β₁, `beta2` and `epsilon` are Adam's.
     """
 
     optimizer: Optimizer
@@ -97,38 +97,29 @@ def _mix(momentum: float, share: float) -> float:
 def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
     """Delayed Nesterov on `arrivals` arrivals of one gradient: up to the momentum's update, over it, and on."""
     f32, period = np.float32, max(1, rule.period)
-    lr, mu, inverse = f32(rule.lr), f32(rule.momentum), f32(1 / period)
-    parts: list[Update] = []
+    parts: list[tuple[np.float32, ...]] = []
     while arrivals > 0:
         # (The count can stand above a period that was lowered meanwhile.)
         taken = min(arrivals, max(1, period - count))
-        share, many = f32(taken / period), f32(taken)
         if count + taken >= period:
             # What the arrivals before this one have not taken of the momentum.
-            mix = f32(max(0.0, 1 - rule.delay_c * count) * rule.momentum)
-            parts.append(_boundary(lr, share, many, mix, mu, inverse))
+            mix, beta, inverse, keep = (
+                max(0.0, 1 - rule.delay_c * count) * rule.momentum,
+                rule.momentum,
+                1 / period,
+                0.0,
+            )
             count = 0
         else:
-            parts.append(_between(lr, share, many, f32(taken * rule.delay_c * rule.momentum)))
+            mix, beta, inverse, keep = taken * rule.delay_c * rule.momentum, 1.0, 0.0, 1.0
             count += taken
+        parts.append(tuple(map(f32, (rule.lr, taken / period, taken, mix, beta, inverse, keep))))
         arrivals -= taken
 
     def update(delta: F32, master: F32, slots: Sequence[F32], published: F32, out: F32) -> None:
-        for part in parts:
-            part(delta, master, slots, published, out)
+        for lr, share, many, mix, beta, inverse, keep in parts:
+            kernels.delayed(
+                delta, master, slots[0], slots[1], published, lr, share, many, mix, beta, inverse, keep, out
+            )
 
     return update, count
-
-
-def _between(lr: np.float32, share: np.float32, arrivals: np.float32, mix: np.float32) -> Update:
-    return lambda delta, master, slots, published, out: kernels.delayed(
-        delta, master, slots[0], slots[1], published, lr, share, arrivals, mix, out
-    )
-
-
-def _boundary(
-    lr: np.float32, share: np.float32, arrivals: np.float32, mix: np.float32, beta: np.float32, inverse: np.float32
-) -> Update:
-    return lambda delta, master, slots, published, out: kernels.delayed_boundary(
-        delta, master, slots[0], slots[1], published, lr, share, arrivals, mix, beta, inverse, out
-    )

@@ -550,6 +550,15 @@ def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
     assert alone.peers("b") == pytest.approx(4.0), "where nobody waits the fast one trains on meanwhile"
 
 
+@pytest.mark.parametrize("absurd", [1e-18, 1e7])
+def test_an_absurd_speed_does_not_change_what_the_run_trains_for_a_step_of_the_others(absurd: float) -> None:
+    core = training("a", "b", "c", "liar", plan=quorum_of_one())
+    for site, seconds in (("a", 1.0), ("b", 1.0), ("c", 2.0), ("liar", absurd)):
+        core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
+    assert core.peers("a") == pytest.approx(2.5 if absurd > 1 else 3.5), "at most one more as fast as the fastest"
+    assert 1 <= core.peers("liar") <= 1e6, "and its orders can be sent"
+
+
 def test_absurd_speeds_are_named() -> None:
     core = training("a", "b", "c")
     for site, seconds in (("a", 1.0), ("b", 0.5), ("c", 1e-9)):
