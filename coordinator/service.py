@@ -250,7 +250,7 @@ class Coordinator:
 
     def _note_absurd_speeds(self) -> None:
         """Counts and names a site whose reported speed pacing has bounded, once until it is believable again."""
-        absurd = set(self.core.absurd_speeds())
+        absurd = set(self.core.pacer.absurd())
         for site in sorted(absurd - self._absurd):
             self.metrics.bounded.labels(site, "speed").inc()
             seconds = self.core.members.live[site].report.step_seconds
@@ -395,13 +395,13 @@ class Coordinator:
 
     def _orders(self, site: str) -> Orders:
         index, count = self.core.shard(site)
-        pace = self.core.pace(site)
+        pace = self.core.pacer.pace(site)
         if pace is not None:
             self.metrics.site_pace.labels(site).set(pace)
         return Orders(
             started=self.core.started,
             finished=self.core.finished,
-            peers=self.core.peers(site),
+            peers=self.core.pacer.peers(site),
             pace=pace,
             shard=ShardMessage(index=index, count=count, seed=self.config.run.seed),
             tokens=self.core.tokens,

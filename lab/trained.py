@@ -52,10 +52,9 @@ class _Body:
     trainer: Trainer
     stream: Any
     anchors: list[F32] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
     snapshots: dict[int, F32] = field(default_factory=dict)
     residuals: dict[int, F32] = field(default_factory=dict)
-    arrivals: dict[int, tuple[int, F32]] = field(default_factory=dict)
+    arrivals: dict[int, F32] = field(default_factory=dict)
 
 
 class TrainedRun(VirtualRun):
@@ -107,7 +106,6 @@ class TrainedRun(VirtualRun):
     def begin(self, site: VirtualSite) -> None:
         body = self._bodies[site.name]
         body.anchors = list(self._published_now)
-        body.versions = [state.version for state in self._states]
         for p, flat in enumerate(body.anchors):
             body.trainer.write(p, flat)
 
@@ -150,11 +148,11 @@ class TrainedRun(VirtualRun):
             self._bodies[site.name].residuals[fragment] = sent[1]
 
     def arrive(self, site: VirtualSite, fragment: int, version: int) -> None:
-        self._bodies[site.name].arrivals[fragment] = (version, self._published_now[fragment])
+        self._bodies[site.name].arrivals[fragment] = self._published_now[fragment]
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
-        version, published = body.arrivals.pop(p)
+        published = body.arrivals.pop(p)
         if how == "overwrite":
             theta = published
         elif how == "rebase":
@@ -163,7 +161,7 @@ class TrainedRun(VirtualRun):
             theta = align(rounds.align, body.trainer.read(p), body.snapshots[p], published, rounds.blend)
         body.trainer.write(p, theta)
         body.snapshots.pop(p, None)
-        body.anchors[p], body.versions[p] = published, version
+        body.anchors[p] = published
 
     # -- the coordinator's tensors
 

@@ -221,8 +221,8 @@ class VirtualRun:
         orders = _Orders(
             core.started,
             core.finished,
-            core.pace(name),
-            core.peers(name),
+            core.pacer.pace(name),
+            core.pacer.peers(name),
             core.tokens,
             core.awaited(name),
             core.closing(name),

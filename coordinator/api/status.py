@@ -70,8 +70,8 @@ async def status_document(c: Coordinator) -> dict[str, Any]:
 
 def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
     """A site as it last reported itself; `live` says whether it still holds a lease."""
-    member, report = c.core.members.live.get(name), c.core.reports.get(name, Report("preparing"))
-    pace = c.core.pace(name) if member else None
+    member, report = c.core.members.live.get(name), c.core.pacer.reports.get(name, Report("preparing"))
+    pace = c.core.pacer.pace(name) if member else None
     return {
         "name": name,
         "live": member is not None,

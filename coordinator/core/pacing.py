@@ -6,9 +6,13 @@ import math
 import statistics
 from collections.abc import Mapping
 
+from coordinator.core.membership import Membership, Report
+
 FASTEST = 64.0
 """No site is believed to be faster than so many times the lower median of all: one absurd report would otherwise leave
 the others a step a cycle."""
+MOST_PEERS = 1e6
+"""A site that calls itself slower than this against the run is taken at it."""
 
 
 def speed_bound(speeds: Mapping[str, float]) -> float:
@@ -36,3 +40,56 @@ def paces(speeds: Mapping[str, float], steps: int) -> dict[str, float]:
     """
     fastest = max(believable(speeds).values(), default=0.0)
     return {site: steps * min(1.0, speed / fastest) if fastest > 0 else float(steps) for site, speed in speeds.items()}
+
+
+class Pacer:
+    """The paces of a run's sites, from the speeds that they report.
+
+    `steps` is H; with `equal_time` sites take steps in proportion to their speed, else all take H. With `everyone`
+    rounds wait for all sites.
+    """
+
+    def __init__(self, members: Membership, steps: int, *, equal_time: bool, everyone: bool) -> None:
+        self.reports: dict[str, Report] = {}
+        self._members = members
+        self._steps, self._equal_time, self._everyone = steps, equal_time, everyone
+
+    def speeds(self) -> dict[str, float]:
+        """Inner steps per second of the sites that have measured theirs."""
+        measured = self._members.in_state("ready", "training")
+        return {m.site: 1.0 / m.report.step_seconds for m in measured if m.report.step_seconds > 0}
+
+    def fastest(self) -> float | None:
+        """The largest believable speed, in inner steps per second; None where none has been measured."""
+        return max(believable(self.speeds()).values(), default=None)
+
+    def absurd(self) -> list[str]:
+        """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,
+        because nobody can tell which one is right."""
+        speeds = self.speeds()
+        absurd = sorted(speeds.keys() - believable(speeds).keys())
+        return sorted(speeds) if absurd and len(speeds) == 2 else absurd
+
+    def paces(self) -> dict[str, float] | None:
+        """The pace of each site that is ready or trains; None where one has not been heard of since a restart, and the
+        first to report would pass for the fastest. One that reports no speed takes H steps, and is no measure for the
+        others."""
+        taking_part = [member.site for member in self._members.in_state("ready", "training")]
+        if not self._equal_time:
+            return dict.fromkeys(taking_part, float(self._steps))
+        if any(site not in self.reports for site in taking_part):
+            return None
+        measured = paces(self.speeds(), self._steps)
+        return {site: max(1.0, measured.get(site, float(self._steps))) for site in taking_part}
+
+    def pace(self, site: str) -> float | None:
+        """Inner steps of this site's next cycle, with a fraction that it carries on. None: as it was."""
+        return float(self._steps) if not self._equal_time else (self.paces() or {}).get(site)
+
+    def peers(self, site: str) -> float:
+        """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
+        # Where rounds wait for everyone all take their pace; where they do not, each trains as fast as it can.
+        rates = (self.paces() or {}) if self._everyone else paces(self.speeds(), self._steps)
+        if rates.get(site, 0.0) <= 0:
+            return float(max(1, len(self._members.live)))
+        return min(MOST_PEERS, max(1.0, sum(rates.values()) / rates[site]))

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from coordinator.core import pacing, rounds
+from coordinator.core import rounds
 from coordinator.core.claims import Claims
 from coordinator.core.membership import Membership, Report
+from coordinator.core.pacing import Pacer
 from coordinator.core.rounds import Contribution, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
 
 EVALUATIONS = 20
 """How often a run's published weights are evaluated over its token budget."""
 EVALUATION_LEASE_SECONDS = 300.0
-MOST_PEERS = 1e6
-"""A site that calls itself slower than this against the run is taken at it."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ class RunCore:
         self.plan = plan
         self.claims = Claims(plan.steps, plan.batch_size, plan.sequence_tokens)
         self.members = membership or Membership()
+        self.pacer = Pacer(self.members, plan.steps, equal_time=plan.equal_time, everyone=plan.policy.quorum is None)
         self.fragments = [FragmentState() for _ in range(plan.fragments)]
         self.roster: set[str] = set()
-        self.reports: dict[str, Report] = {}
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
         self._accepted_at: dict[tuple[str, int], float] = {}
         self.started = False
@@ -170,7 +169,7 @@ class RunCore:
         if before == "training" and report.state != "training":
             # Sent before the order to start had arrived: from that order on the rounds wait for this site.
             report = replace(report, state="training")
-        self.members.live[site].report = self.reports[site] = report
+        self.members.live[site].report = self.pacer.reports[site] = report
         decisions: list[Decision] = []
         if report.state != "preparing" and site not in self.roster:
             self.roster.add(site)
@@ -320,22 +319,6 @@ class RunCore:
         """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""
         return sum(state.tokens for state in self.fragments) // len(self.fragments)
 
-    def pace(self, site: str) -> float | None:
-        """Inner steps of this site's next cycle, with a fraction that it carries on. None: as it was, because not every
-        site has reported its speed yet (after a restart), and the first to do so is not the fastest."""
-        if not self.plan.equal_time:
-            return float(self.plan.steps)
-        return (self._paces() or {}).get(site)
-
-    def peers(self, site: str) -> float:
-        """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
-        # Where rounds wait for everyone all take their pace; where they do not, each trains as fast as it can.
-        everyone = self.plan.policy.quorum is None
-        rates = (self._paces() or {}) if everyone else pacing.paces(self._speeds(), self.plan.steps)
-        if rates.get(site, 0.0) <= 0:
-            return float(max(1, len(self.members.live)))
-        return min(MOST_PEERS, max(1.0, sum(rates.values()) / rates[site]))
-
     def shard(self, site: str) -> tuple[int, int]:
         """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""
         dealt = sorted(self.roster | {site})
@@ -359,17 +342,9 @@ class RunCore:
     def credible(self, claimed: Contribution, now: float) -> Contribution:
         """The contribution with its counts bounded by what its site can have trained since its last one."""
         since = self._accepted_at.get((claimed.site, claimed.fragment))
-        speeds = pacing.believable(self._speeds())
-        reach = None if since is None or not speeds else (now - since) * max(speeds.values())
+        fastest = self.pacer.fastest()
+        reach = None if since is None or fastest is None else (now - since) * fastest
         return self.claims.credible(claimed, reach)
-
-    def absurd_speeds(self) -> list[str]:
-        """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,
-        because nobody can tell which one is right."""
-        speeds = self._speeds()
-        bound = pacing.speed_bound(speeds)
-        absurd = [site for site, speed in speeds.items() if speed > bound]
-        return sorted(speeds) if absurd and len(speeds) == 2 else absurd
 
     # -- rules
 
@@ -378,29 +353,13 @@ class RunCore:
         self.last_base[contribution.site, contribution.fragment] = (contribution.base_version, contribution.id)
         self.claims.note(contribution)
 
-    def _paces(self) -> dict[str, float] | None:
-        """The pace of each site that is ready or trains; None where one has not been heard of since a restart. One that
-        reports no speed takes H steps, and is no measure for the others."""
-        taking_part = [member.site for member in self.members.in_state("ready", "training")]
-        if not self.plan.equal_time:
-            return dict.fromkeys(taking_part, float(self.plan.steps))
-        if any(site not in self.reports for site in taking_part):
-            return None
-        paces = pacing.paces(self._speeds(), self.plan.steps)
-        return {site: max(1.0, paces.get(site, float(self.plan.steps))) for site in taking_part}
-
     def _cycles(self, sites: Iterable[str]) -> dict[str, float]:
         """The tokens that each site is expected to train from one contribution to the next."""
-        paces = self._paces() or {}
+        paces = self.pacer.paces() or {}
         return {
             site: (paces.get(site) or self.claims.steps_per_cycle(site)) * self.claims.tokens_per_step(site)
             for site in sites
         }
-
-    def _speeds(self) -> dict[str, float]:
-        """Inner steps per second of the sites that have measured theirs."""
-        measured = self.members.in_state("ready", "training")
-        return {m.site: 1.0 / m.report.step_seconds for m in measured if m.report.step_seconds > 0}
 
     def _all_done(self) -> bool:
         return all(

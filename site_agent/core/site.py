@@ -173,7 +173,7 @@ class SiteCore:
         self.steps += 1
         self.tokens += tokens
         self.tempo.stepped(seconds)
-        self.due += self.cycle.due(self.steps, len(self.fragments))
+        self.due += [p for p in self.cycle.due(self.steps, len(self.fragments)) if p not in self.due]
         if self.steps >= self.cycle.end:
             self.cycle = next_cycle(self.steps, self.pace, self.cycle.carry)
         if self.reported is not None:
@@ -251,8 +251,9 @@ class SiteCore:
         for q, version in self.awaited:
             view = self.fragments[q]
             lacking = view.version < version and self._at_rest(view) and not view.complete
-            if lacking and self.steps > view.counted_steps:
-                return self._snapshot(q)
+            if lacking:
+                # With nothing trained since its last contribution it has nothing to give: one step more than τ, then.
+                return self._snapshot(q) if self.steps > view.counted_steps else Step()
         return Wait(p)
 
     def _by_snapshot(self) -> list[int]:

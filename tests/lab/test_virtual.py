@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.rounds import GRACE_FACTOR, Contribution, Policy
@@ -42,6 +42,7 @@ def run_of(
     steps=st.sampled_from([4, 8, 9]),
     equal_time=st.booleans(),
 )
+@example([0.05, 0.05, 0.25], [4.0], [0.6, 0.6, 0.0, 0.0], 0, 3, 4, True)  # the one waited for had given all it had
 @settings(max_examples=80, deadline=None)
 def test_sites_that_join_at_any_time_never_wait_in_a_circle(
     speeds: list[float],

@@ -295,7 +295,7 @@ def paced(*seconds: float, plan: Plan = PLAN) -> list[float | None]:
     core = training(*names, plan=plan)
     for name, step in zip(names, seconds, strict=True):
         core.heartbeat(name, name, Report("training", step_seconds=step), 1.0)
-    return [core.pace(name) for name in names]
+    return [core.pacer.pace(name) for name in names]
 
 
 def test_a_pace_is_in_proportion_to_measured_speed() -> None:
@@ -311,9 +311,9 @@ def test_a_site_that_was_not_heard_of_since_a_restart_leaves_every_pace_as_it_wa
     core = RunCore(PLAN)
     core.restore([(0, 0)] * 2, [], ["a", "b"], [("a", "a"), ("b", "b")], started=True, evaluated=-1, now=0.0)
     core.heartbeat("a", "a", Report("training", step_seconds=1.0), 1.0)
-    assert core.pace("a") is None
+    assert core.pacer.pace("a") is None
     core.heartbeat("b", "b", Report("training", step_seconds=0.5), 1.0)
-    assert (core.pace("a"), core.pace("b")) == (25.0, 50.0)
+    assert (core.pacer.pace("a"), core.pacer.pace("b")) == (25.0, 50.0)
 
 
 def test_a_site_that_reports_no_speed_takes_h_steps_and_is_no_measure_for_the_others() -> None:
@@ -538,16 +538,16 @@ def test_no_site_has_trained_more_since_its_last_contribution_than_a_fast_one_co
 
 def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
     core = training("a", "b", "c")
-    assert core.peers("a") == 3, "nothing is measured yet"
+    assert core.pacer.peers("a") == 3, "nothing is measured yet"
     for site, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
-    assert (core.peers("a"), core.peers("c")) == (1.75, 7.0)
+    assert (core.pacer.peers("a"), core.pacer.peers("c")) == (1.75, 7.0)
     even = training("a", "b", plan=replace(PLAN, equal_time=False))
-    assert even.peers("a") == 2
+    assert even.pacer.peers("a") == 2
     alone = training("a", "b", plan=replace(quorum_of_one(), equal_time=False))
     for site, seconds in (("a", 1.0), ("b", 3.0)):
         alone.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
-    assert alone.peers("b") == pytest.approx(4.0), "where nobody waits the fast one trains on meanwhile"
+    assert alone.pacer.peers("b") == pytest.approx(4.0), "where nobody waits the fast one trains on meanwhile"
 
 
 @pytest.mark.parametrize("absurd", [1e-18, 1e7])
@@ -555,26 +555,26 @@ def test_an_absurd_speed_does_not_change_what_the_run_trains_for_a_step_of_the_o
     core = training("a", "b", "c", "liar", plan=quorum_of_one())
     for site, seconds in (("a", 1.0), ("b", 1.0), ("c", 2.0), ("liar", absurd)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
-    assert core.peers("a") == pytest.approx(2.5 if absurd > 1 else 3.5), "at most one more as fast as the fastest"
-    assert 1 <= core.peers("liar") <= 1e6, "and its orders can be sent"
+    assert core.pacer.peers("a") == pytest.approx(2.5 if absurd > 1 else 3.5), "at most one more as fast as the fastest"
+    assert 1 <= core.pacer.peers("liar") <= 1e6, "and its orders can be sent"
 
 
 def test_absurd_speeds_are_named() -> None:
     core = training("a", "b", "c")
     for site, seconds in (("a", 1.0), ("b", 0.5), ("c", 1e-9)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
-    assert core.absurd_speeds() == ["c"]
-    assert (core.pace("a"), core.pace("b"), core.pace("c")) == (25.0, 50.0, 50.0)
+    assert core.pacer.absurd() == ["c"]
+    assert (core.pacer.pace("a"), core.pacer.pace("b"), core.pacer.pace("c")) == (25.0, 50.0, 50.0)
     core.heartbeat("c", "c", replace(TRAINING, step_seconds=0.25), 2.0)
-    assert core.absurd_speeds() == []
-    assert core.pace("a") == 12.5
+    assert core.pacer.absurd() == []
+    assert core.pacer.pace("a") == 12.5
 
 
 def test_of_two_speeds_that_are_too_far_apart_either_may_be_the_absurd_one() -> None:
     core = training("a", "b")
     for site, seconds in (("a", 1.0), ("b", 1e-9)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
-    assert core.absurd_speeds() == ["a", "b"]
+    assert core.pacer.absurd() == ["a", "b"]
 
 
 # ---- what a round is worth, and who may still join it
