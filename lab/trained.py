@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from coordinator.core.rounds import Contribution
@@ -25,9 +24,10 @@ from coordinator.service import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
 from shared.codecs.kernels import square_sum
 from shared.config import RunConfig
-from shared.fragments import CHUNK_ELEMENTS, F32
+from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
-from shared.wire import Header, encode_flat, open_container, tensor_table
+from shared.wire import open_container
+from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.core.alignment import align, carry
 from site_agent.core.site import How, Settings, Snapshot
 from site_agent.training.schedules import lr_factor
@@ -51,10 +51,10 @@ class _Body:
 
     trainer: Trainer
     stream: Any
-    anchors: list[F32] = field(default_factory=list)
+    anchors: list[Anchor] = field(default_factory=list)
     snapshots: dict[int, F32] = field(default_factory=dict)
     residuals: dict[int, F32] = field(default_factory=dict)
-    arrivals: dict[int, F32] = field(default_factory=dict)
+    arrivals: dict[int, Anchor] = field(default_factory=dict)
 
 
 class TrainedRun(VirtualRun):
@@ -72,7 +72,7 @@ class TrainedRun(VirtualRun):
         self._task = load_task(config.task.use, config.task.options(), base)
         self._layout, self._embeddings = initial.layout, initial.embeddings
         self._states = [OuterState.initial(f, w) for f, w in zip(self._layout.fragments, initial.weights, strict=True)]
-        self._published_now = [state.published.copy() for state in self._states]
+        self._published_now = [_anchor(state) for state in self._states]
         self._eval_model = build_model(self._task, config.run.seed)
         self._executor = ThreadPoolExecutor(1)
         self._stored: dict[str, tuple[bytes, float]] = {}
@@ -106,8 +106,8 @@ class TrainedRun(VirtualRun):
     def begin(self, site: VirtualSite) -> None:
         body = self._bodies[site.name]
         body.anchors = list(self._published_now)
-        for p, flat in enumerate(body.anchors):
-            body.trainer.write(p, flat)
+        for p, anchor in enumerate(body.anchors):
+            body.trainer.write(p, anchor.flat)
 
     def step(self, site: VirtualSite) -> int:
         body, inner, run = self._bodies[site.name], self.config.inner, self.config.run
@@ -117,29 +117,9 @@ class TrainedRun(VirtualRun):
 
     def take(self, site: VirtualSite, action: Snapshot) -> tuple[Any, int]:
         body, p = self._bodies[site.name], action.fragment
-        fragment, wire = self._layout.fragments[p], self.config.wire
-        body.snapshots[p] = snapshot = body.trainer.read(p)
-        delta = body.anchors[p] - snapshot
-        if (residual := body.residuals.get(p)) is not None:
-            delta += residual
-        header = Header(
-            kind="contribution",
-            run=RUN,
-            site=site.name,
-            fragment=p,
-            base_version=action.base_version,
-            version=action.base_version,
-            digest="0" * 32,
-            codec=wire.upload,
-            zstd=wire.zstd_level > 0,
-            chunk=CHUNK_ELEMENTS,
-            tensors=tensor_table(fragment),
-            tokens=action.tokens,
-            steps=action.steps,
-            sizes=[],
-        )
-        left = np.empty_like(delta) if wire.error_feedback else None
-        encoded = encode_flat(header, fragment, delta, wire.zstd_level, left)
+        snapshot = body.snapshots[p] = body.trainer.read(p)
+        parcel = Parcel(p, body.anchors[p], snapshot, body.residuals.get(p), action.tokens, action.steps)
+        encoded, left = encode(parcel, self._layout.fragments[p], self.config.wire, RUN, site.name)
         self.bytes_up += len(encoded)
         return (encoded, left), len(encoded)
 
@@ -152,16 +132,16 @@ class TrainedRun(VirtualRun):
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
-        published = body.arrivals.pop(p)
+        anchor = body.arrivals.pop(p)
         if how == "overwrite":
-            theta = published
+            theta = anchor.flat
         elif how == "rebase":
-            theta = carry(body.trainer.read(p), body.anchors[p], published)
+            theta = carry(body.trainer.read(p), body.anchors[p].flat, anchor.flat)
         else:
-            theta = align(rounds.align, body.trainer.read(p), body.snapshots[p], published, rounds.blend)
+            theta = align(rounds.align, body.trainer.read(p), body.snapshots[p], anchor.flat, rounds.blend)
         body.trainer.write(p, theta)
         body.snapshots.pop(p, None)
-        body.anchors[p] = published
+        body.anchors[p] = anchor
 
     # -- the coordinator's tensors
 
@@ -180,7 +160,7 @@ class TrainedRun(VirtualRun):
         tokens = sum(contribution.tokens for contribution in close.contributions)
         rule = rule_of(self.config, close)
         stepped = outer_step(self._states[p], merged, rule, RUN, tokens, self._executor, self._embeddings)
-        self._published_now[p] = self._states[p].published.copy()
+        self._published_now[p] = _anchor(self._states[p])
         self.bytes_down += len(stepped.delta) * sum(
             not site.dead(self.now) and site.core is not None for site in self.sites
         )
@@ -194,7 +174,12 @@ class TrainedRun(VirtualRun):
             self._measure()
 
     def _measure(self) -> None:
-        load_flat(self._eval_model, self._layout, self._published_now)
+        load_flat(self._eval_model, self._layout, [anchor.flat for anchor in self._published_now])
         batches = self._task.eval_batches(self.config.inner.batch_size)
         loss = None if batches is None else evaluate(self._task, self._eval_model, batches, torch.device("cpu"))
         self.curve.append(Point(self.now, self.core.tokens, float("nan") if loss is None else loss))
+
+
+def _anchor(state: OuterState) -> Anchor:
+    """The published weights as they are now, for any number of sites."""
+    return Anchor(state.version, state.digest, state.tokens, state.published.copy())

@@ -28,18 +28,16 @@ from shared.fragments import F32, Layout, digest_flat
 from shared.protocol import Code, Evaluation, FragmentVersion, Joined, Orders, ShardMessage
 from shared.task import BatchStream, Shard, build_model, load_task
 from site_agent import checkpoint
+from site_agent.contribution import Anchor, DivergedError, Parcel
 from site_agent.core.alignment import align, carry
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
 from site_agent.courier import (
     Accepted,
-    Anchor,
     ArrivedAnchor,
     Courier,
-    DivergedError,
     Event,
     Failed,
     Ordered,
-    Parcel,
     Report,
     Stop,
 )
@@ -169,7 +167,7 @@ class Agent:
         log.info("site %s in run %s on %s (%s)", self.config.site.name, joined.run, device, describe(device))
         warm_up()
         saved = checkpoint.load_newest(self._directory, joined.run)
-        self.courier.begin_exchange(self.layout, run.wire.upload, run.wire.zstd_level, run.wire.error_feedback)
+        self.courier.begin_exchange(self.layout, run.wire)
         self._orders = joined.orders
         seconds = self.trainer.calibrate(self._stream_of(joined.orders), CALIBRATION_STEPS, CALIBRATION_SECONDS)
         anchors = self._fetch_anchors(joined.fragments)

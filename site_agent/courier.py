@@ -20,11 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shared.config import received_run
+from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
-from shared.fragments import CHUNK_ELEMENTS, F32, Fragment, Layout, digest_flat
+from shared.fragments import F32, Fragment, Layout, digest_flat
 from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
-from shared.wire import Header, blob_digest, encode_flat, open_container, tensor_table
+from shared.wire import blob_digest, open_container
+from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.core.site import How
 from site_agent.link import Credentials, Link, Refusal, backoff
 from site_agent.metrics import Metrics
@@ -37,32 +38,6 @@ LEAVE_SECONDS = 5.0
 DELTAS_PER_SNAPSHOT = 4
 """Up to so many deltas are fetched one by one; beyond, one fp32 snapshot is fewer bytes (4 against about 1 each)."""
 SNAPSHOT_TRIES = 8
-
-
-class DivergedError(FaultError):
-    """The weights are no longer finite; a checkpoint of them would be worth nothing."""
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A published version at this site: fp32 (fragment.size,), never written to."""
-
-    version: int
-    digest: str
-    tokens: int
-    flat: F32
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None)."""
-
-    fragment: int
-    anchor: Anchor
-    snapshot: F32
-    residual: F32 | None
-    tokens: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +111,7 @@ class Courier:
         self._link: Link
         self._joined: Joined
         self._layout: Layout
-        self._upload_codec, self._zstd_level, self._feedback = "fp32", 0, False
+        self._wire: WireTable
         self._follows = False
         self.repairs = 0
         self.evaluates = True
@@ -148,10 +123,9 @@ class Courier:
         self._thread.start()
         return self._call(self._begin())
 
-    def begin_exchange(self, layout: Layout, upload_codec: str, zstd_level: int, feedback: bool) -> None:
+    def begin_exchange(self, layout: Layout, wire: WireTable) -> None:
         """What it needs to know of the run before contributions and versions can travel."""
-        self._layout, self._upload_codec = layout, upload_codec
-        self._zstd_level, self._feedback = zstd_level, feedback
+        self._layout, self._wire = layout, wire
 
     def send(self, parcel: Parcel) -> None:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
@@ -302,7 +276,9 @@ class Courier:
 
     async def _deliver(self, parcel: Parcel) -> None:
         p, base = parcel.fragment, parcel.anchor.version
-        body, residual = await asyncio.to_thread(self._encode, parcel)
+        body, residual = await asyncio.to_thread(
+            encode, parcel, self._layout.fragments[p], self._wire, self._link.run, self._who.site
+        )
         digest = blob_digest(body)
         while True:
             session = self._session
@@ -345,36 +321,6 @@ class Courier:
         self._metrics.accepted.inc()
         self.events.put(Accepted(p, version, residual))
         await self._bring(p, parcel.anchor, version, "align")
-
-    def _encode(self, parcel: Parcel) -> tuple[bytes, F32 | None]:
-        """The contribution's container, and the error feedback that holds once it is accepted."""
-        fragment = self._layout.fragments[parcel.fragment]
-        delta = parcel.anchor.flat - parcel.snapshot
-        if parcel.residual is not None:
-            delta += parcel.residual
-        header = Header(
-            kind="contribution",
-            run=self._link.run,
-            site=self._who.site,
-            fragment=parcel.fragment,
-            base_version=parcel.anchor.version,
-            version=parcel.anchor.version,
-            digest=parcel.anchor.digest,
-            codec=self._upload_codec,
-            zstd=self._zstd_level > 0,
-            chunk=CHUNK_ELEMENTS,
-            tensors=tensor_table(fragment),
-            tokens=parcel.tokens,
-            steps=parcel.steps,
-            sizes=[],
-        )
-        residual = np.empty_like(delta) if self._feedback else None
-        try:
-            return encode_flat(header, fragment, delta, self._zstd_level, residual), residual
-        except ValueError as error:
-            raise DivergedError(
-                f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
-            ) from None
 
     # -- versions
 

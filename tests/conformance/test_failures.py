@@ -1,6 +1,7 @@
 """The shapes of failure that the field's own suites inject, each on whole runs of both cores in virtual time.
 
-Where a failure is one of disks or of processes, tests/coordinator/test_recovery.py (killed between any two writes),
+Where a failure is one of links, of disks or of processes, tests/e2e/test_outages.py (the coordinator down at join, at
+upload, at publication), tests/coordinator/test_recovery.py (killed between any two writes),
 tests/coordinator/api/test_uploads.py (full disks) and tests/e2e/test_processes.py (kill −9 under load) inject it for
 real.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from coordinator.api.app import Api
 from coordinator.service import Coordinator
@@ -34,9 +35,10 @@ def site_config(name: str, url: str, directory: Path, **tables: dict[str, Any]) 
 
 
 class Live:
-    """A served coordinator. `call` runs a coroutine on its loop."""
+    """A served coordinator. `call` runs a coroutine on its loop; `weather` stands between it and every request."""
 
-    def __init__(self, config: RunConfig, state: Path) -> None:
+    def __init__(self, config: RunConfig, state: Path, weather: Middleware | None = None) -> None:
+        self._weather = weather
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -48,7 +50,10 @@ class Live:
     async def _start(self, config: RunConfig, state: Path) -> tuple[Coordinator, web.AppRunner, Api, str]:
         coordinator = await Coordinator.open(config, state, state.parent)
         api = Api(coordinator, insecure=True)
-        runner = web.AppRunner(api.app(), access_log=None)
+        app = api.app()
+        if self._weather is not None:
+            app.middlewares.insert(0, self._weather)
+        runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         await coordinator.start()
@@ -72,9 +77,9 @@ class Live:
 
 
 @contextmanager
-def live(config: RunConfig, state: Path) -> Iterator[Live]:
+def live(config: RunConfig, state: Path, weather: Middleware | None = None) -> Iterator[Live]:
     """A coordinator for the length of the block."""
-    served = Live(config, state)
+    served = Live(config, state, weather)
     try:
         yield served
     finally:

@@ -1,0 +1,69 @@
+"""A contribution as it leaves a site: the pseudo-gradient of one fragment, packed for the wire, with error feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.config import WireTable
+from shared.errors import FaultError
+from shared.fragments import CHUNK_ELEMENTS, F32, Fragment
+from shared.wire import Header, encode_flat, tensor_table
+
+
+class DivergedError(FaultError):
+    """The weights are no longer finite; a checkpoint of them would be worth nothing."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published version at this site: fp32 (fragment.size,), never written to."""
+
+    version: int
+    digest: str
+    tokens: int
+    flat: F32
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None)."""
+
+    fragment: int
+    anchor: Anchor
+    snapshot: F32
+    residual: F32 | None
+    tokens: int
+    steps: int
+
+
+def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
+    """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
+    lost of it, fp32 (fragment.size,), or None where the run keeps none. Raises DivergedError where Δ is not finite."""
+    delta = parcel.anchor.flat - parcel.snapshot
+    if parcel.residual is not None:
+        delta += parcel.residual
+    header = Header(
+        kind="contribution",
+        run=run,
+        site=site,
+        fragment=parcel.fragment,
+        base_version=parcel.anchor.version,
+        version=parcel.anchor.version,
+        digest=parcel.anchor.digest,
+        codec=wire.upload,
+        zstd=wire.zstd_level > 0,
+        chunk=CHUNK_ELEMENTS,
+        tensors=tensor_table(fragment),
+        tokens=parcel.tokens,
+        steps=parcel.steps,
+        sizes=[],
+    )
+    left = np.empty_like(delta) if wire.error_feedback else None
+    try:
+        return encode_flat(header, fragment, delta, wire.zstd_level, left), left
+    except ValueError as error:
+        raise DivergedError(
+            f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
+        ) from None
