@@ -94,7 +94,7 @@ class ByteLM(Task):
     def train_batches(self, shard: Shard, batch_size: int) -> BatchStream:
         """(B, T+1) int64 batches of this shard's training windows. Raises ConfigError without enough text."""
         text = self._opened()
-        return WindowStream(text, text.training_blocks(shard, self.settings.partition), shard, batch_size)
+        return WindowStream(text, text.training_parts(shard, self.settings.partition), shard, batch_size)
 
     def eval_batches(self, batch_size: int) -> Iterable[Tensor]:
         """Up to `eval_batches` batches (B, T+1) int64, the last one perhaps smaller, evenly over the held-out text.

@@ -3,7 +3,8 @@
 The text is cut into contiguous blocks, and blocks are what is dealt out: some to the held-out set, the
 others in turn to the shards. Dealing single windows would mix more finely, in exchange for windows of
 different shards that overlap as soon as an epoch shifts them. Inside its own blocks a shard may cut
-windows wherever it likes, and never sees a byte of another shard or of the held-out set.
+windows wherever it likes; it sees a byte of another shard only once it has been through its own, and
+never one of the held-out set.
 
 Nothing here depends on where the files lie, only on their relative order and their bytes: sites that
 have the same text agree on every block without exchanging a word about it.
@@ -61,14 +62,16 @@ class Text:
     train: Blocks
     held_out: Blocks
 
-    def training_blocks(self, shard: Shard, partition: Partition) -> Blocks:
-        """The training blocks of `shard`: every `count`-th one; with "contiguous" one run of them, so that every site
-        has texts of its own; with "local" all of them, where the text is the site's own.
+    def training_parts(self, shard: Shard, partition: Partition) -> list[Blocks]:
+        """The training blocks of `shard`, epoch by epoch in turn; its own first.
 
-        Raises ConfigError where there are fewer blocks than shards.
+        "sharded": every `count`-th block, then everyone else's, in turn. Sites are not equally fast: one that has been
+        through its own part would otherwise see it again while most of the text has not been seen at all.
+        "contiguous": one run of the blocks, so that every site has texts of its own. "local": all of them, where the
+        text is the site's own. Raises ConfigError where there are fewer blocks than shards.
         """
         if partition == "local":
-            return self.train
+            return [self.train]
         if not 0 <= shard.index < shard.count:
             raise ConfigError(f"there is no shard {shard.index} of {shard.count}; shards count from 0")
         blocks = len(self.train.starts)
@@ -78,10 +81,10 @@ class Text:
                 f"{shard.count} shards; add text, or set a smaller block_bytes or context"
             )
         if partition == "contiguous":
-            return self.train.pick(
-                slice(shard.index * blocks // shard.count, (shard.index + 1) * blocks // shard.count)
-            )
-        return self.train.pick(slice(shard.index, None, shard.count))
+            own = slice(shard.index * blocks // shard.count, (shard.index + 1) * blocks // shard.count)
+            return [self.train.pick(own)]
+        mine = np.arange(blocks) % shard.count == shard.index
+        return [self.train.pick(part) for part in (mine, ~mine) if part.any()]
 
     def held_out_batches(self, batch_size: int, most: int) -> list[Tensor]:
         """At most `most` batches (B, window) int64, evenly over the held-out blocks, always the same."""
@@ -97,7 +100,7 @@ class Text:
 
 
 class WindowStream:
-    """An endless `BatchStream` over one shard's windows, each epoch in another order.
+    """An endless `BatchStream` over the windows of the parts, one part an epoch in turn, each epoch in another order.
 
     Epoch e shuffles its windows under (seed, shard, e) and shifts each block's windows by a random part
     of a window, so that the model is not shown the same cuts again; the bytes before the shift wait for
@@ -108,9 +111,9 @@ class WindowStream:
     windows that go unseen and shards of fewer windows than a batch that never yield anything.
     """
 
-    def __init__(self, text: Text, blocks: Blocks, shard: Shard, batch_size: int) -> None:
+    def __init__(self, text: Text, parts: Sequence[Blocks], shard: Shard, batch_size: int) -> None:
         self.text = text
-        self.blocks = blocks
+        self.parts = list(parts)
         self.shard = shard
         self.batch_size = batch_size
         self._enter(0, 0)
@@ -141,9 +144,10 @@ class WindowStream:
 
     def _enter(self, epoch: int, position: int) -> None:
         rng = np.random.default_rng((self.shard.seed, self.shard.index, epoch))
-        lengths = self.blocks.ends - self.blocks.starts
+        blocks = self.parts[epoch % len(self.parts)]
+        lengths = blocks.ends - blocks.starts
         slack = np.minimum(self.text.window, lengths - self.text.window + 1)  # at least one window stays whole
-        self._order = self.blocks.windows(self.text.window, rng.integers(0, slack))
+        self._order = blocks.windows(self.text.window, rng.integers(0, slack))
         rng.shuffle(self._order)
         self._epoch, self._position = epoch, position
 

@@ -33,7 +33,7 @@ WHOLE = Shard(0, 1)
 
 
 def stream(text: Text, shard: Shard = WHOLE, batch_size: int = 4) -> WindowStream:
-    return WindowStream(text, text.training_blocks(shard, "sharded"), shard, batch_size)
+    return WindowStream(text, text.training_parts(shard, "sharded"), shard, batch_size)
 
 
 def positions(blocks: Blocks) -> set[int]:
@@ -153,21 +153,21 @@ def test_too_little_text_for_the_context_is_refused_with_numbers(tmp_path: Path)
 # ---- shards
 
 
-def test_no_two_shards_share_a_byte() -> None:
+def test_no_two_shards_share_a_byte_of_their_own_parts() -> None:
     text = numbered(50)
     seen: list[set[int]] = []
     for index in range(7):
         s = stream(text, Shard(index, 7, seed=3))
-        starts = {start for epoch in range(20) for start in epoch_order(s, epoch)}
+        starts = {start for epoch in range(0, 20, 2) for start in epoch_order(s, epoch)}
         seen.append({start + i for start in starts for i in range(WINDOW)})
     seen.append(positions(text.held_out))
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
 @pytest.mark.parametrize("partition", ["sharded", "contiguous"])
-def test_shards_together_are_all_training_blocks(partition: Partition) -> None:
+def test_shards_together_are_all_training_parts(partition: Partition) -> None:
     text = numbered(50)
-    shards = [positions(text.training_blocks(Shard(i, 7), partition)) for i in range(7)]
+    shards = [positions(text.training_parts(Shard(i, 7), partition)[0]) for i in range(7)]
     assert set.union(*shards) == positions(text.train)
     assert sum(map(len, shards)) == len(positions(text.train))
 
@@ -175,7 +175,7 @@ def test_shards_together_are_all_training_blocks(partition: Partition) -> None:
 def test_a_contiguous_shard_is_a_run_of_the_text() -> None:
     text = numbered(50)
     blocks = text.train
-    first, second = (text.training_blocks(Shard(i, 2), "contiguous") for i in range(2))
+    first, second = (text.training_parts(Shard(i, 2), "contiguous")[0] for i in range(2))
     half = len(blocks.starts) // 2
     assert first.starts.tolist() == blocks.starts[:half].tolist()
     assert second.starts.tolist() == blocks.starts[half:].tolist()
@@ -183,18 +183,18 @@ def test_a_contiguous_shard_is_a_run_of_the_text() -> None:
 
 def test_a_local_partition_uses_all_of_the_sites_own_text() -> None:
     text = numbered(50)
-    assert positions(text.training_blocks(Shard(3, 7), "local")) == positions(text.train)
+    assert positions(text.training_parts(Shard(3, 7), "local")[0]) == positions(text.train)
 
 
 def test_too_little_text_for_the_shards_is_refused_with_numbers() -> None:
     with pytest.raises(ConfigError, match=r"1000 bytes .* 9 training blocks, too few for 10 shards; add"):
-        numbered(10).training_blocks(Shard(0, 10), "sharded")
+        numbered(10).training_parts(Shard(0, 10), "sharded")
 
 
 @pytest.mark.parametrize("index", [-1, 2, 3])
 def test_a_shard_that_is_none_of_the_count_is_refused(index: int) -> None:
     with pytest.raises(ConfigError, match=f"no shard {index} of 2"):
-        numbered(10).training_blocks(Shard(index, 2), "sharded")
+        numbered(10).training_parts(Shard(index, 2), "sharded")
 
 
 # ---- the stream
@@ -230,8 +230,21 @@ def test_a_block_of_one_window_is_in_every_epoch_and_every_evaluation() -> None:
 def test_every_byte_of_the_shard_is_reached_in_time() -> None:
     text = numbered(20)
     s = stream(text, Shard(0, 2))
-    starts = {start for epoch in range(200) for start in epoch_order(s, epoch)}
-    assert {b + i for b in starts for i in range(WINDOW)} == positions(text.training_blocks(Shard(0, 2), "sharded"))
+    starts = {start for epoch in range(0, 400, 2) for start in epoch_order(s, epoch)}
+    assert {b + i for b in starts for i in range(WINDOW)} == positions(text.training_parts(Shard(0, 2), "sharded")[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_site_that_has_been_through_its_own_part_goes_on_to_the_others(count: int) -> None:
+    """A fast site would else see its part many times while most of a slow one's has not been seen at all."""
+    text = numbered(50)
+    parts = text.training_parts(Shard(0, count), "sharded")
+    assert set.union(*map(positions, parts)) == positions(text.train)
+    assert sum(len(positions(part)) for part in parts) == len(positions(text.train))
+    s = stream(text, Shard(0, count))
+    for epoch in range(4):
+        inside = positions(parts[epoch % len(parts)])
+        assert {b + i for b in epoch_order(s, epoch) for i in range(WINDOW)} <= inside
 
 
 def test_a_batch_crosses_into_the_next_epoch_and_no_window_is_lost() -> None:
@@ -277,7 +290,7 @@ def test_the_seed_and_the_shard_decide_the_order() -> None:
     first = {(index, seed): epoch_order(stream(text, Shard(index, 2, seed)), 0) for index in (0, 1) for seed in (0, 1)}
     assert first == {key: epoch_order(stream(text, Shard(key[0], 2, key[1])), 0) for key in first}
     assert first[0, 0] != first[0, 1]
-    local = [WindowStream(text, text.train, Shard(index, 2), 4) for index in (0, 1)]
+    local = [WindowStream(text, [text.train], Shard(index, 2), 4) for index in (0, 1)]
     assert epoch_order(local[0], 0) != epoch_order(local[1], 0)
 
 
