@@ -45,6 +45,8 @@ LINK = 4.0
 """One way, virtual seconds: four inner steps of the fastest site, half a one of the slowest of four."""
 ROUND_TRIP_STEPS = 9
 """τ that covers a link both ways where a step takes a second: the two ways, and the step in which the answer falls."""
+RATE, BASE_RATE = 4.5e-3, 3e-3
+"""[inner] lr of the sites, and of data-parallel training, each the best of those tried (see `*-rate-*`)."""
 MOOD = 0.2
 OTHER = "OTHER WEIGHTS"
 EVALUATIONS = 40
@@ -72,6 +74,10 @@ def _outer(**keys: Any) -> Tables:
     return {"outer": keys}
 
 
+def _rate(lr: float) -> Tables:
+    return {"inner": {"lr": lr}}
+
+
 def _with(*tables: Tables) -> dict[str, dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
     for each in tables:
@@ -81,6 +87,7 @@ def _with(*tables: Tables) -> dict[str, dict[str, Any]]:
 
 
 PAPER: Tables = _outer(lr=0.7, momentum=0.9)
+OURS: Tables = _outer(lr=1.0, momentum=0.5)
 FP32: Tables = {"wire": {"upload": "fp32", "publish": "fp32"}}
 FULL: Tables = {"rounds": {"quorum": "all", "overlap_steps": 0, "pacing": "equal-steps"}}
 STREAMING: Tables = {"rounds": {"quorum": "all", "overlap_steps": ROUND_TRIP_STEPS, "pacing": "equal-steps"}}
@@ -94,8 +101,10 @@ HELOCO: Tables = _outer(correction="heloco")
 
 DEFAULT, BASE = "decoupled", "data-parallel"
 SETTINGS = [
-    Setting(BASE, "synchronous, the global batch of four sites", batches=4),
-    Setting("data-parallel-large", "synchronous, four times that batch", batches=16),
+    Setting(BASE, "synchronous, the global batch of four sites", _rate(BASE_RATE), batches=4),
+    Setting("data-parallel-rate-2", "the same, lr 2e-3", _rate(2e-3), batches=4),
+    Setting("data-parallel-rate-4.5", "the same, lr 4.5e-3", _rate(4.5e-3), batches=4),
+    Setting("data-parallel-large", "synchronous, four times that batch, lr 4.5e-3", batches=16),
     Setting("diloco-m1", "one site; η 0.7, μ 0.9, fp32, τ = 0", _with(FULL, PAPER, FP32), (1.0,)),
     Setting("diloco-m2", "two even sites, full quorum, the same", _with(FULL, PAPER, FP32), (1.0, 1.0)),
     Setting("diloco-m4", "four even sites, full quorum, the same", _with(FULL, PAPER, FP32), EVEN),
@@ -106,10 +115,16 @@ SETTINGS = [
     Setting("unpaced-full-quorum", "8:4:2:1, everyone takes H steps, τ = 0", FULL),
     Setting("paced-full-quorum", "8:4:2:1, DyLU, τ by time", PACED),
     Setting("naive-async", "8:4:2:1, each arrival a whole Nesterov step", NAIVE),
+    Setting("naive-async-gentle", "the same with our η and μ", _with(NAIVE, OURS)),
     Setting("delayed-nesterov", "8:4:2:1, Delayed Nesterov and DyLU", DELAYED),
     Setting(DEFAULT, "8:4:2:1, the defaults of run.toml"),
+    Setting("decoupled-rate-3", "the same, lr 3e-3", _rate(3e-3)),
+    Setting("decoupled-rate-6", "the same, lr 6e-3", _rate(6e-3)),
+    Setting("decoupled-short-cycle", "the same, H = 8", {"inner": {"steps": 8}}),
+    Setting("decoupled-long-cycle", "the same, H = 32", {"inner": {"steps": 32}}),
     Setting("decoupled-fp32", "the same, fp32 up and down", FP32),
     Setting("decoupled-paper", "the same with η 0.7, μ 0.9", PAPER),
+    Setting("decoupled-0.7-0.7", "the same with η 0.7, μ 0.7", _outer(lr=0.7, momentum=0.7)),
     Setting("decoupled-rda", "the same with RDA", _outer(merge="rda")),
     Setting("decoupled-full", "each round a whole step", _outer(partial="full")),
     Setting(
@@ -148,7 +163,7 @@ def tables_of(setting: Setting, text: str, tokens: int, seed: int) -> dict[str, 
     base: Tables = {
         "run": {"name": setting.name, "seed": seed, "tokens": tokens, "min_sites": len(setting.steps)},
         "task": {"use": "byte-lm", "paths": text, "context": 64, "width": 64, "layers": 3, "heads": 4},
-        "inner": {"lr": 3e-3, "steps": 16, "batch_size": 8, "warmup_tokens": tokens // 16},
+        "inner": {"lr": RATE, "steps": 16, "batch_size": 8, "warmup_tokens": tokens // 16},
         "rounds": {"fragments": 4},
     }
     return _with(base, setting.tables)
