@@ -133,6 +133,7 @@ class Coordinator:
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
         self._absurd: set[str] = set()
         self._joined = {site.name for site in self.reader.sites()}
 
@@ -322,6 +323,7 @@ class Coordinator:
                     log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
                     await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all)
         self.metrics.show_core(self.core)
+        self._news.set()
 
     async def _merge(self, close: CloseRound) -> None:
         """One round from its journal row to its publication."""
@@ -368,11 +370,15 @@ class Coordinator:
 
     async def _keep_time(self) -> None:
         while True:
+            self._news.clear()
             wakeup = self.core.next_wakeup()
             pause = TICK_SECONDS if wakeup is None else min(TICK_SECONDS, max(0.01, wakeup - self.clock()))
             due = self.clock() + pause
-            await asyncio.sleep(pause)
-            self.metrics.loop_lag.set(max(0.0, self.clock() - due))
+            try:
+                # What came in meanwhile may have brought the next time nearer.
+                await asyncio.wait_for(self._news.wait(), pause)
+            except TimeoutError:
+                self.metrics.loop_lag.set(max(0.0, self.clock() - due))
             await self._carry_out(self.core.tick(self.clock()))
 
     def _ended(self, task: asyncio.Task[None]) -> None:

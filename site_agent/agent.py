@@ -100,6 +100,7 @@ class Agent:
         self.courier = Courier(
             site.coordinator, credentials_of(config), self.metrics, site.patience_seconds, site.outage_seconds
         )
+        self.courier.evaluates = site.evaluate
         self._directory = config.path(site.state)
         self._clock = time.monotonic
         self._background = ThreadPoolExecutor(1, "background")
@@ -174,7 +175,6 @@ class Agent:
         self.courier.report = Report("ready", step_seconds=seconds)
         while not self._orders.started:
             self._take_in(self.courier.events.get())
-        self.courier.evaluates = self.config.site.evaluate
         self.settings = Settings(run.rounds.overlap_steps, run.run.tokens, run.rounds.quorum == "all")
         if saved is None:
             self._begin(anchors, seconds, joined.fragments)
@@ -239,7 +239,7 @@ class Agent:
                 parameter.copy_(tensors[f"model.{name}"])
         checkpoint.unpack_optimizer(self.trainer.optimizer, tensors, manifest["optimizer"])
         torch.set_rng_state(tensors["random"])
-        self.core = core = checkpoint.unpack_core(manifest["core"], self.settings)
+        self.core = core = checkpoint.unpack_core(manifest["core"], self.settings, self._clock())
         core.pace = self._orders.pace or core.pace
         core.tempo.stepped(step_seconds)
         core.told(self._orders.tokens, self._orders.peers)

@@ -86,15 +86,20 @@ def pack_core(core: SiteCore) -> dict[str, Any]:
                 "counted_tokens": view.counted_tokens,
                 "counted_steps": view.counted_steps,
                 "complete": view.complete,
-                "in_flight": asdict(view.in_flight) if view.in_flight else None,
+                "in_flight": _plain(view.in_flight) if view.in_flight else None,
             }
             for view in core.fragments
         ],
     }
 
 
-def unpack_core(state: Mapping[str, Any], settings: Settings) -> SiteCore:
-    """The inverse of `pack_core`."""
+def _plain(flight: InFlight) -> dict[str, Any]:
+    """A contribution on its way, without the time of its snapshot: another process has another clock."""
+    return {key: value for key, value in asdict(flight).items() if key != "taken_at"}
+
+
+def unpack_core(state: Mapping[str, Any], settings: Settings, now: float) -> SiteCore:
+    """The inverse of `pack_core`. What was on its way counts as taken `now`, because it is sent again."""
     views = [
         FragmentView(
             version=view["version"],
@@ -102,7 +107,7 @@ def unpack_core(state: Mapping[str, Any], settings: Settings) -> SiteCore:
             counted_tokens=view["counted_tokens"],
             counted_steps=view["counted_steps"],
             complete=view["complete"],
-            in_flight=InFlight(**view["in_flight"]) if view["in_flight"] else None,
+            in_flight=InFlight(**view["in_flight"], taken_at=now) if view["in_flight"] else None,
         )
         for view in state["fragments"]
     ]

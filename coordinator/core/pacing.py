@@ -11,6 +11,8 @@ from coordinator.core.membership import Membership, Report
 FASTEST = 64.0
 """No site is believed to be faster than so many times the lower median of all: one absurd report would otherwise leave
 the others a step a cycle."""
+LEAST_STEP = 1e-9
+"""No inner step takes less, or more than one over it, in seconds: a speed is a finite number."""
 MOST_PEERS = 1e6
 """A site that calls itself slower than this against the run is taken at it."""
 
@@ -57,7 +59,11 @@ class Pacer:
     def speeds(self) -> dict[str, float]:
         """Inner steps per second of the sites that have measured theirs."""
         measured = self._members.in_state("ready", "training")
-        return {m.site: 1.0 / m.report.step_seconds for m in measured if m.report.step_seconds > 0}
+        return {
+            member.site: 1.0 / min(max(member.report.step_seconds, LEAST_STEP), 1 / LEAST_STEP)
+            for member in measured
+            if member.report.step_seconds > 0
+        }
 
     def fastest(self) -> float | None:
         """The largest believable speed, in inner steps per second; None where none has been measured."""
@@ -85,6 +91,11 @@ class Pacer:
     def pace(self, site: str) -> float | None:
         """Inner steps of this site's next cycle, with a fraction that it carries on. None: as it was."""
         return float(self._steps) if not self._equal_time else (self.paces() or {}).get(site)
+
+    def cycle_seconds(self) -> dict[str, float]:
+        """How long the cycle of each site takes that has measured its speed."""
+        speeds, paces_ = self.speeds(), self.paces() or {}
+        return {site: paces_[site] / speed for site, speed in speeds.items() if site in paces_}
 
     def peers(self, site: str) -> float:
         """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""

@@ -17,7 +17,11 @@ Reason = Literal["complete", "quorum", "deadline"]
 Weighting = Literal["uniform", "tokens", "tokens2-per-step"]
 
 GRACE_FACTOR = 0.5
-"""γ of the grace window (Decoupled DiLoCo, arXiv 2604.21428)."""
+"""γ of the grace window (Decoupled DiLoCo, arXiv 2604.21428): what a site whose course is not known yet is given."""
+SPARED = 0.75
+"""The part of what a site can spare that a round takes of it: its next step may be slower than its last ones."""
+LATE = 0.5
+"""A contribution that is late by this part of its site's cycle is no surprise yet: speeds wander."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,24 @@ class Tempo:
     sync: float
 
 
+@dataclass(frozen=True)
+class Expected:
+    """When a site's next contribution to a fragment should come, and by when it would be no surprise yet."""
+
+    due: float
+    until: float
+
+
+Missing = Sequence[Expected | None]
+"""What is known of the sites that train and are not in a round; None of one whose course is not known yet."""
+
+
 @dataclass
 class OpenRound:
-    """Contributions collected so far, by id; times are those of the first and of the K-th one."""
+    """Contributions collected so far, by id; times are those of the first and of the K-th one, and of each site's."""
 
     contributions: dict[str, Contribution] = field(default_factory=dict)
+    arrived: dict[str, float] = field(default_factory=dict)
     opened_at: float | None = None
     quorum_at: float | None = None
 
@@ -68,6 +85,7 @@ class OpenRound:
 
     def add(self, contribution: Contribution, policy: Policy, now: float) -> None:
         self.contributions[contribution.id] = contribution
+        self.arrived.setdefault(contribution.site, now)
         if self.opened_at is None:
             self.opened_at = now
         if self.quorum_at is None and policy.quorum is not None and len(self.sites) >= policy.quorum:
@@ -79,7 +97,12 @@ class OpenRound:
 
 
 def closing(
-    round_: OpenRound, training: Sequence[str], tempos: Sequence[Tempo], policy: Policy, now: float
+    round_: OpenRound,
+    training: Sequence[str],
+    tempos: Mapping[str, Tempo],
+    policy: Policy,
+    now: float,
+    missing: Missing = (None,),
 ) -> Reason | None:
     """Why the round closes now, or None while it goes on collecting."""
     if round_.opened_at is None:
@@ -94,10 +117,12 @@ def closing(
         return "complete"
     if late:
         return "deadline"
-    return "quorum" if now >= round_.quorum_at + grace(round_, tempos, policy) else None
+    return "quorum" if now >= round_.quorum_at + grace(round_, tempos, policy, missing) else None
 
 
-def closes_by(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> float | None:
+def closes_by(
+    round_: OpenRound, tempos: Mapping[str, Tempo], policy: Policy, missing: Missing = (None,)
+) -> float | None:
     """The time at which the round closes if nothing more arrives; None while only an arrival can close it."""
     if round_.opened_at is None:
         return None
@@ -106,20 +131,34 @@ def closes_by(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> flo
         return deadline
     if round_.quorum_at is None:
         return None
-    return min(deadline, round_.quorum_at + grace(round_, tempos, policy))
+    return min(deadline, round_.quorum_at + grace(round_, tempos, policy, missing))
 
 
-def grace(round_: OpenRound, tempos: Sequence[Tempo], policy: Policy) -> float:
-    """Seconds to go on collecting after the quorum: γ · max(0, τ·t_step − (t_quorum + t_sync)), from medians of
-    what the sites measured; zero until any has."""
+def grace(round_: OpenRound, tempos: Mapping[str, Tempo], policy: Policy, missing: Missing = (None,)) -> float:
+    """Seconds to go on collecting after the quorum.
+
+    Who waits for a round is who is in it: a site can spare τ·t_step − t_sync after its contribution came (Decoupled
+    DiLoCo, arXiv 2604.21428, with medians), and the round goes on while each of them can. One whose link takes all that
+    it has would wait in any case, and is no measure. Within that time the round waits for those that are expected, and
+    for nobody else; what comes later opens the next round. A site whose course is not known yet is given γ of the time.
+    """
     if policy.grace_seconds is not None:
         return policy.grace_seconds
-    if not tempos or round_.opened_at is None or round_.quorum_at is None:
+    if round_.quorum_at is None:
         return 0.0
-    # The lower median: one of two sites that reports nonsense must not hold rounds open.
-    overlap = statistics.median_low(tempo.overlap for tempo in tempos)
-    sync = statistics.median_low(tempo.sync for tempo in tempos)
-    return GRACE_FACTOR * max(0.0, overlap - (round_.quorum_at - round_.opened_at + sync))
+    able = [
+        at + SPARED * (tempos[site].overlap - tempos[site].sync)
+        for site, at in round_.arrived.items()
+        if site in tempos and tempos[site].overlap > tempos[site].sync
+    ]
+    spare = max(0.0, min(able, default=0.0) - round_.quorum_at)
+    wait = 0.0
+    for site in missing:
+        if site is None:
+            wait = max(wait, GRACE_FACTOR * spare)
+        elif site.due <= round_.quorum_at + spare:
+            wait = max(wait, min(spare, site.until - round_.quorum_at))
+    return wait
 
 
 def weights(contributions: Sequence[Contribution], policy: Policy, version: int) -> list[float]:

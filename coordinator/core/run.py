@@ -7,14 +7,15 @@ reports `published` when a merge is done. All of a run's state that matters can 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import rounds
 from coordinator.core.claims import Claims
 from coordinator.core.membership import Membership, Report
 from coordinator.core.pacing import Pacer
-from coordinator.core.rounds import Contribution, OpenRound, Policy, Reason, Tempo
+from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
 
 EVALUATIONS = 20
@@ -261,9 +262,10 @@ class RunCore:
     def next_wakeup(self) -> float | None:
         """The earliest time at which `tick` has something to do; None where only an event can change things."""
         times = [self.members.next_expiry()]
-        tempos = self._tempos()
+        cycles = self.pacer.cycle_seconds()
+        tempos = self._tempos(cycles)
         times += [
-            rounds.closes_by(state.open, tempos, self.plan.policy)
+            rounds.closes_by(state.open, tempos, self.plan.policy, self._missing(p, cycles))
             for p, state in enumerate(self.fragments)
             if state.merging is None and not self.complete(p)
         ]
@@ -382,17 +384,18 @@ class RunCore:
         self.started = True
         ready = self.members.in_state("ready")
         for member in ready:
-            member.report = Report("training", step_seconds=member.report.step_seconds)
+            member.report = replace(member.report, state="training")
         return [StartRun(tuple(member.site for member in ready))]
 
     def _close_due(self, now: float) -> list[Decision]:
         training = [member.site for member in self.members.in_state("training")]
-        tempos = self._tempos()
+        cycles = self.pacer.cycle_seconds()
+        tempos = self._tempos(cycles)
         decisions: list[Decision] = []
         for p, state in enumerate(self.fragments):
             if state.merging is not None:
                 continue
-            reason = rounds.closing(state.open, training, tempos, self.plan.policy, now)
+            reason = rounds.closing(state.open, training, tempos, self.plan.policy, now, self._missing(p, cycles))
             if self.complete(p) and state.open.contributions:
                 # Accepted while the last merge was under way: it was acknowledged, so it is merged as well.
                 reason = reason or "complete"
@@ -415,9 +418,25 @@ class RunCore:
             )
         return decisions
 
-    def _tempos(self) -> list[Tempo]:
-        return [
-            Tempo(member.report.overlap_seconds, member.report.sync_seconds)
+    def _missing(self, fragment: int, cycles: Mapping[str, float]) -> list[Expected | None]:
+        """When the sites that train and are not in the fragment's open round should contribute to it: a cycle after the
+        last time."""
+        found: list[Expected | None] = []
+        for member in self.members.in_state("training"):
+            if member.site in self.fragments[fragment].open.sites:
+                continue
+            last, cycle = self._accepted_at.get((member.site, fragment)), cycles.get(member.site)
+            if last is None or cycle is None:
+                found.append(None)
+            else:
+                found.append(Expected(last + cycle, last + (1 + rounds.LATE) * cycle))
+        return found
+
+    def _tempos(self, cycles: Mapping[str, float]) -> dict[str, Tempo]:
+        """What each site has measured. Paced sites have cycles alike: none can spare more than the lower median."""
+        longest = statistics.median_low(cycles.values()) if cycles else 0.0
+        return {
+            member.site: Tempo(min(member.report.overlap_seconds, longest), member.report.sync_seconds)
             for member in self.members.in_state("training")
             if member.report.sync_seconds > 0
-        ]
+        }

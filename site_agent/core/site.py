@@ -236,7 +236,7 @@ class SiteCore:
     def overlap_seconds(self) -> float:
         """How long this site goes on without a version that it waits for: what τ steps take here, or a cycle where that
         is shorter, because then the fragment is due again; 0 before a step is measured."""
-        overlap = self.tempo.overlap(self.settings.overlap)
+        overlap = self._overlap()
         return min(self.pace if overlap is None else overlap, self.pace) * self.tempo.step_seconds
 
     # -- rules
@@ -269,6 +269,13 @@ class SiteCore:
         fixed = isinstance(self.settings.overlap, int)
         return not fixed or view.in_flight is None or self._must_align(view.in_flight)
 
+    def _overlap(self) -> int | None:
+        """τ in inner steps; None: until the fragment is due again. So it is with "auto" where rounds do not wait
+        for everyone: there is nothing to be gained by getting in step."""
+        if self.settings.overlap == "auto" and not self.settings.everyone:
+            return None
+        return self.tempo.overlap(self.settings.overlap)
+
     def _must_align(self, flight: InFlight) -> bool:
-        overlap = self.tempo.overlap(self.settings.overlap)
+        overlap = self._overlap()
         return overlap is not None and self.steps >= flight.step + overlap

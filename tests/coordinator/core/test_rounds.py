@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.rounds import (
+    GRACE_FACTOR,
+    SPARED,
     Contribution,
+    Expected,
     OpenRound,
     Policy,
     Tempo,
@@ -25,6 +28,8 @@ from coordinator.core.rounds import (
 
 ALL = Policy(quorum=None, grace_seconds=0.0, deadline_seconds=600.0, max_staleness=8, weighting="tokens")
 TWO = replace(ALL, quorum=2)
+SPARE = 15.0 / SPARED
+"""Of which a round takes 15 seconds."""
 
 
 def contribution(site: str, base: int = 0, tokens: int = 10, steps: int = 1, id_: str = "") -> Contribution:
@@ -43,27 +48,27 @@ def collected(policy: Policy, *arrivals: tuple[str, float]) -> OpenRound:
 
 def test_an_empty_round_never_closes() -> None:
     for policy in (ALL, TWO):
-        assert closing(OpenRound(), [], [], policy, 1e9) is None
-        assert closes_by(OpenRound(), [], policy) is None
+        assert closing(OpenRound(), [], {}, policy, 1e9) is None
+        assert closes_by(OpenRound(), {}, policy) is None
 
 
 def test_full_quorum_waits_for_every_site_that_trains() -> None:
     round_ = collected(ALL, ("a", 0.0))
-    assert closing(round_, ["a", "b"], [], ALL, 1.0) is None
+    assert closing(round_, ["a", "b"], {}, ALL, 1.0) is None
     round_.add(contribution("b"), ALL, 2.0)
-    assert closing(round_, ["a", "b"], [], ALL, 2.0) == "complete"
+    assert closing(round_, ["a", "b"], {}, ALL, 2.0) == "complete"
 
 
 def test_full_quorum_does_not_wait_for_sites_that_do_not_train() -> None:
-    assert closing(collected(ALL, ("a", 0.0)), ["a"], [], ALL, 0.0) == "complete"
-    assert closing(collected(ALL, ("a", 0.0)), [], [], ALL, 0.0) == "complete", "the one that sent has left"
+    assert closing(collected(ALL, ("a", 0.0)), ["a"], {}, ALL, 0.0) == "complete"
+    assert closing(collected(ALL, ("a", 0.0)), [], {}, ALL, 0.0) == "complete", "the one that sent has left"
 
 
 def test_a_full_quorum_round_closes_at_its_deadline_with_whoever_is_there() -> None:
     round_ = collected(ALL, ("a", 100.0))
-    assert closes_by(round_, [], ALL) == 700.0
-    assert closing(round_, ["a", "b"], [], ALL, 699.9) is None
-    assert closing(round_, ["a", "b"], [], ALL, 700.0) == "deadline"
+    assert closes_by(round_, {}, ALL) == 700.0
+    assert closing(round_, ["a", "b"], {}, ALL, 699.9) is None
+    assert closing(round_, ["a", "b"], {}, ALL, 700.0) == "deadline"
 
 
 # ---- quorum K
@@ -72,29 +77,29 @@ def test_a_full_quorum_round_closes_at_its_deadline_with_whoever_is_there() -> N
 def test_k_sites_close_a_round_after_the_stated_grace() -> None:
     policy = replace(TWO, grace_seconds=5.0)
     round_ = collected(policy, ("a", 0.0), ("b", 10.0))
-    assert closes_by(round_, [], policy) == 15.0
-    assert closing(round_, ["a", "b", "c"], [], policy, 14.9) is None
-    assert closing(round_, ["a", "b", "c"], [], policy, 15.0) == "quorum"
+    assert closes_by(round_, {}, policy) == 15.0
+    assert closing(round_, ["a", "b", "c"], {}, policy, 14.9) is None
+    assert closing(round_, ["a", "b", "c"], {}, policy, 15.0) == "quorum"
 
 
 def test_grace_ends_early_once_everyone_is_in() -> None:
     policy = replace(TWO, grace_seconds=5.0)
-    assert closing(collected(policy, ("a", 0.0), ("b", 10.0)), ["a", "b"], [], policy, 10.0) == "complete"
+    assert closing(collected(policy, ("a", 0.0), ("b", 10.0)), ["a", "b"], {}, policy, 10.0) == "complete"
 
 
 def test_grace_does_not_outlast_the_deadline() -> None:
     policy = replace(TWO, grace_seconds=1e6)
     round_ = collected(policy, ("a", 0.0), ("b", 10.0))
-    assert closes_by(round_, [], policy) == 600.0
-    assert closing(round_, ["a", "b", "c"], [], policy, 600.0) == "deadline"
+    assert closes_by(round_, {}, policy) == 600.0
+    assert closing(round_, ["a", "b", "c"], {}, policy, 600.0) == "deadline"
 
 
 def test_a_round_below_k_stays_open_past_its_deadline_and_closes_with_the_kth() -> None:
     round_ = collected(TWO, ("a", 0.0))
-    assert closes_by(round_, [], TWO) is None
-    assert closing(round_, ["a", "b"], [], TWO, 1e6) is None
+    assert closes_by(round_, {}, TWO) is None
+    assert closing(round_, ["a", "b"], {}, TWO, 1e6) is None
     round_.add(contribution("b"), TWO, 1e6)
-    assert closing(round_, ["a", "b", "c"], [], TWO, 1e6) == "deadline"
+    assert closing(round_, ["a", "b", "c"], {}, TWO, 1e6) == "deadline"
 
 
 def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
@@ -102,32 +107,57 @@ def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
     round_.add(contribution("a", 0), TWO, 0.0)
     round_.add(contribution("a", 1), TWO, 1.0)
     assert round_.quorum_at is None
-    assert closing(round_, ["a"], [], TWO, 1e6) is None
+    assert closing(round_, ["a"], {}, TWO, 1e6) is None
 
 
-# ---- the measured grace window (arXiv 2604.21428)
+# ---- the measured grace window
+
+MEASURED = replace(TWO, grace_seconds=None)
 
 
-def test_measured_grace_is_half_of_what_the_overlap_leaves() -> None:
-    policy = replace(TWO, grace_seconds=None)
-    round_ = collected(policy, ("a", 100.0), ("b", 104.0))  # t_quorum = 4
-    assert grace(round_, [Tempo(overlap=20.0, sync=6.0)], policy) == 0.5 * (20.0 - (4.0 + 6.0)) == 5.0
-    assert closes_by(round_, [Tempo(20.0, 6.0)], policy) == 109.0
+def test_a_round_takes_part_of_what_its_own_sites_can_spare() -> None:
+    """γ of it where nothing is known of who is missing (arXiv 2604.21428)."""
+    round_ = collected(MEASURED, ("a", 100.0), ("b", 104.0))
+    tempos = {"a": Tempo(overlap=30.0, sync=6.0), "b": Tempo(20.0, 2.0), "missing": Tempo(1.0, 0.5)}
+    spare = min(100 + SPARED * 24.0, 104 + SPARED * 18.0) - 104
+    assert grace(round_, tempos, MEASURED) == GRACE_FACTOR * spare
+    assert closes_by(round_, tempos, MEASURED) == 104 + GRACE_FACTOR * spare
 
 
-def test_measured_grace_takes_medians_so_that_one_odd_site_does_not_rule() -> None:
-    policy = replace(TWO, grace_seconds=None)
-    round_ = collected(policy, ("a", 0.0), ("b", 0.0))
-    tempos = [Tempo(10.0, 1.0), Tempo(12.0, 2.0), Tempo(9999.0, 9999.0)]
-    assert grace(round_, tempos, policy) == 0.5 * (12.0 - 2.0)
+def test_a_site_whose_link_takes_all_that_it_has_is_no_measure() -> None:
+    round_ = collected(MEASURED, ("a", 0.0), ("far", 0.0))
+    tempos = {"a": Tempo(12.0, 2.0), "far": Tempo(10.0, 11.0)}
+    assert grace(round_, tempos, MEASURED) == GRACE_FACTOR * SPARED * 10.0
+    assert grace(round_, {"far": tempos["far"]}, MEASURED) == 0.0
 
 
 def test_measured_grace_is_never_negative_and_zero_until_measured() -> None:
-    policy = replace(TWO, grace_seconds=None)
-    round_ = collected(policy, ("a", 0.0), ("b", 30.0))
-    assert grace(round_, [Tempo(overlap=10.0, sync=5.0)], policy) == 0.0
-    assert grace(round_, [], policy) == 0.0
-    assert closing(round_, ["a", "b", "c"], [], policy, 30.0) == "quorum"
+    round_ = collected(MEASURED, ("a", 0.0), ("b", 30.0))
+    assert grace(round_, {"a": Tempo(overlap=10.0, sync=5.0)}, MEASURED) == 0.0
+    assert grace(round_, {}, MEASURED) == 0.0
+    assert closing(round_, ["a", "b", "c"], {}, MEASURED, 30.0) == "quorum"
+
+
+@pytest.mark.parametrize(
+    ("missing", "seconds"),
+    [
+        ([], 0.0),
+        ([Expected(105.0, 110.0)], 10.0),
+        ([Expected(114.0, 130.0)], 15.0),
+        ([Expected(115.1, 130.0)], 0.0),
+        ([Expected(80.0, 95.0)], 0.0),
+        ([Expected(80.0, 102.0), Expected(105.0, 110.0), Expected(400.0, 500.0)], 10.0),
+        ([Expected(101.0, 102.0), None], GRACE_FACTOR * 15.0),
+    ],
+    ids=["nobody", "expected", "at most what is spared", "too late", "overdue", "several", "unknown"],
+)
+def test_a_round_waits_for_those_it_can_expect_and_for_nobody_else(
+    missing: list[Expected | None], seconds: float
+) -> None:
+    round_ = collected(MEASURED, ("a", 100.0), ("b", 100.0))
+    tempos = {"a": Tempo(SPARE + 2.0, 2.0), "b": Tempo(SPARE + 2.0, 2.0)}
+    assert grace(round_, tempos, MEASURED, missing) == pytest.approx(seconds)
+    assert closes_by(round_, tempos, MEASURED, missing) == pytest.approx(100 + seconds)
 
 
 # ---- order

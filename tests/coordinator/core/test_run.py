@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from coordinator.core.membership import Report
-from coordinator.core.rounds import Contribution, Policy
+from coordinator.core.rounds import SPARED, Contribution, Policy
 from coordinator.core.run import (
     EVALUATION_LEASE_SECONDS,
     CloseRound,
@@ -258,11 +258,41 @@ def test_a_deadline_closes_a_round_at_next_wakeup() -> None:
     assert close.reason == "deadline"
 
 
-def test_the_measured_grace_uses_only_sites_that_have_measured() -> None:
+def measured(site: str, core: RunCore, overlap: float = 8.0, now: float = 1.0) -> None:
+    """Two steps a second and H = 16: cycles of 8 seconds, of which the link takes 2."""
+    core.heartbeat(site, site, Report("training", step_seconds=0.5, overlap_seconds=overlap, sync_seconds=2.0), now)
+
+
+@pytest.mark.parametrize(("now", "until"), [(8.0, 8.0 + 6 * SPARED), (4.0, 4.0 + 3 * SPARED)], ids=["soon", "late"])
+def test_a_round_waits_for_a_site_that_is_expected_in_time_and_not_for_a_later_one(now: float, until: float) -> None:
+    """b comes every 8 seconds: at 4 it is too early to wait for it, and only c counts, of which nothing is known."""
+    plan = replace(PLAN, steps=16, equal_time=True, policy=replace(POLICY, quorum=1, grace_seconds=None))
+    core = training("a", "b", "c", plan=plan)
+    for site in ("a", "b", "c"):
+        measured(site, core)
+    contribute(core, "b", now=1.0)
+    (close,) = core.tick(3.9)
+    assert isinstance(close, CloseRound)
+    publish(core, close)
+    for site in ("a", "b", "c"):
+        measured(site, core, now=now)
+    assert contribute(core, "a", base=1, now=now) == []
+    assert core.next_wakeup() == until
+
+
+def test_what_a_site_can_spare_is_no_more_than_a_cycle_whatever_it_says() -> None:
+    plan = replace(PLAN, steps=16, equal_time=True, policy=replace(POLICY, quorum=1, grace_seconds=None))
+    core = training("a", "b", plan=plan)
+    measured("b", core)
+    measured("a", core, overlap=1e18)
+    assert contribute(core, "a", now=1.0) == []
+    assert core.next_wakeup() == 1.0 + 0.5 * SPARED * 6.0
+
+
+def test_a_round_does_not_wait_for_a_site_that_has_not_measured_anything() -> None:
     core = training("a", "b", "c", plan=replace(PLAN, policy=replace(POLICY, quorum=1, grace_seconds=None)))
-    core.heartbeat("a", "a", Report("training", overlap_seconds=8.0, sync_seconds=2.0), 1.0)
-    assert contribute(core, "b", now=1.0) == []
-    assert core.next_wakeup() == 4.0, "1 + 0.5 · (8 − (0 + 2)): b and c, unmeasured, do not drag the median to 0"
+    measured("a", core)
+    assert contribute(core, "b", now=1.0) != []
 
 
 # ---- the end
@@ -602,3 +632,21 @@ def test_a_round_that_is_about_to_close_can_be_followed() -> None:
     assert contribute(core, "a", 0) == []
     assert (core.closing("a"), core.closing("b")) == ([], [(0, 1)])
     assert training("a", "b", plan=quorum_of_one()).closing("b") == []
+
+
+def test_who_does_not_evaluate_is_not_asked_at_the_start_either() -> None:
+    core = RunCore(replace(PLAN, min_sites=2))
+    for site, evaluates in (("a", False), ("b", True)):
+        core.join(site, site, 0.0)
+        core.heartbeat(site, site, Report("ready", evaluates=evaluates), 0.0)
+    assert core.started
+    assert [core.take_evaluation(site, 1.0) for site in ("a", "b")] == [False, True]
+
+
+@pytest.mark.parametrize("seconds", [1e-310, 1e308])
+def test_a_speed_is_a_finite_number(seconds: float) -> None:
+    core = training("a", "b")
+    core.heartbeat("a", "a", replace(TRAINING, step_seconds=seconds), 1.0)
+    assert 0 < core.pacer.speeds()["a"] < float("inf")
+    contribute(core, "a", now=1.0)
+    core.credible(contribution("a", 0, 1), 2.0)
