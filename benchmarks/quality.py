@@ -94,7 +94,8 @@ STREAMING: Tables = {"rounds": {"quorum": "all", "overlap_steps": ROUND_TRIP_STE
 PACED: Tables = {"rounds": {"quorum": "all", "overlap_steps": "auto"}}
 ASYNC: Tables = {"rounds": {"quorum": 1, "grace_seconds": 0, "overlap_steps": "unbounded"}}
 UNPACED: Tables = {"rounds": {"pacing": "equal-steps"}}
-NAIVE: Tables = _with(ASYNC, UNPACED, PAPER, _outer(partial="full"))
+STALE: Tables = {"rounds": {"max_staleness": 10**6}}
+NAIVE: Tables = _with(ASYNC, UNPACED, STALE, PAPER, _outer(partial="full"))
 DELAYED: Tables = _with(ASYNC, PAPER, _outer(optimizer="delayed-nesterov"))
 BY_PLAY: Tables = {"task": {"partition": "contiguous"}}
 HELOCO: Tables = _outer(correction="heloco")

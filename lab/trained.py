@@ -30,6 +30,7 @@ from shared.wire import open_container
 from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.core.alignment import align, carry
 from site_agent.core.site import How, Settings, Snapshot
+from site_agent.courier import DELTAS_PER_SNAPSHOT
 from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
@@ -75,6 +76,7 @@ class TrainedRun(VirtualRun):
         self._published_now = [_anchor(state) for state in self._states]
         self._eval_model = build_model(self._task, config.run.seed)
         self._executor = ThreadPoolExecutor(1)
+        self._delta_bytes: list[list[int]] = [[] for _ in self._states]
         self._stored: dict[str, tuple[bytes, float]] = {}
         self._every = max(1, config.run.tokens // max(1, evaluations))
         self._bodies = {site.name: self._body(index, len(sites)) for index, site in enumerate(sites)}
@@ -115,20 +117,24 @@ class TrainedRun(VirtualRun):
         _, tokens, _ = body.trainer.step(body.stream, inner.lr * factor)
         return tokens
 
-    def take(self, site: VirtualSite, action: Snapshot) -> tuple[Any, int]:
+    def take(self, site: VirtualSite, action: Snapshot) -> Any:
         body, p = self._bodies[site.name], action.fragment
         snapshot = body.snapshots[p] = body.trainer.read(p)
         parcel = Parcel(p, body.anchors[p], snapshot, body.residuals.get(p), action.tokens, action.steps)
         encoded, left = encode(parcel, self._layout.fragments[p], self.config.wire, RUN, site.name)
         self.bytes_up += len(encoded)
-        return (encoded, left), len(encoded)
+        return encoded, left
 
     def feed_back(self, site: VirtualSite, fragment: int, sent: Any) -> None:
         if sent[1] is not None:
             self._bodies[site.name].residuals[fragment] = sent[1]
 
     def arrive(self, site: VirtualSite, fragment: int, version: int) -> None:
-        self._bodies[site.name].arrivals[fragment] = self._published_now[fragment]
+        body, p = self._bodies[site.name], fragment
+        deltas = self._delta_bytes[p][body.anchors[p].version : version]
+        # (Further behind it would take a snapshot, which is fp32; a site that is in time never is.)
+        self.bytes_down += sum(deltas) if len(deltas) <= DELTAS_PER_SNAPSHOT else 4 * self._layout.fragments[p].size
+        body.arrivals[p] = self._published_now[p]
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
@@ -151,7 +157,7 @@ class TrainedRun(VirtualRun):
             squares = sum(square_sum(values) for values in container.screened())
         self._stored[contribution.id] = (encoded, float(squares) ** 0.5)
 
-    def merge(self, close: CloseRound) -> int:
+    def merge(self, close: CloseRound) -> None:
         p = close.fragment
         merged = []
         for contribution, weight in zip(close.contributions, close.weights, strict=True):
@@ -161,15 +167,12 @@ class TrainedRun(VirtualRun):
         rule = rule_of(self.config, close)
         stepped = outer_step(self._states[p], merged, rule, RUN, tokens, self._executor, self._embeddings)
         self._published_now[p] = _anchor(self._states[p])
-        self.bytes_down += len(stepped.delta) * sum(
-            not site.dead(self.now) and site.core is not None for site in self.sites
-        )
+        self._delta_bytes[p].append(len(stepped.delta))
         if stepped.cosine is not None:
             self.cosines.append(stepped.cosine)
-        return len(stepped.delta)
 
-    def _published(self, close: CloseRound, size: int) -> None:
-        super()._published(close, size)
+    def _published(self, close: CloseRound) -> None:
+        super()._published(close)
         if self.core.tokens >= self.curve[-1].tokens + self._every:
             self._measure()
 

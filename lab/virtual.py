@@ -33,8 +33,7 @@ MOOD_STEPS = 16
 @dataclass
 class VirtualSite:
     """One site: seconds of an inner step, of one way over its link, when it joins, and when it dies (if ever).
-
-    `bytes_per_second` None: a contribution's size costs no time. `mood`: by how much its speed wanders, as the standard
+    `mood`: by how much its speed wanders, as the standard
     deviation of the logarithm of a step's time (0.2: most steps within a factor of 1.5 of each other).
     """
 
@@ -43,7 +42,6 @@ class VirtualSite:
     link_seconds: float
     joins_at: float = 0.0
     dies_at: float | None = None
-    bytes_per_second: float | None = None
     mood: float = 0.0
     core: SiteCore | None = None
     waiting_since: float | None = None
@@ -121,9 +119,8 @@ class VirtualRun:
         """One inner step; its tokens."""
         return 1
 
-    def take(self, site: VirtualSite, action: Snapshot) -> tuple[Any, int]:
-        """A contribution as it is sent, and its size in bytes."""
-        return None, 0
+    def take(self, site: VirtualSite, action: Snapshot) -> Any:
+        """A contribution as it is sent."""
 
     def store(self, contribution: Contribution, sent: Any) -> None:
         """The contribution was accepted."""
@@ -131,9 +128,8 @@ class VirtualRun:
     def feed_back(self, site: VirtualSite, fragment: int, sent: Any) -> None:
         """The site learns that it was accepted."""
 
-    def merge(self, close: CloseRound) -> int:
-        """The round becomes a version; the size of its delta in bytes."""
-        return 0
+    def merge(self, close: CloseRound) -> None:
+        """The round becomes a version."""
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         """The site aligns with the version that has arrived."""
@@ -160,17 +156,17 @@ class VirtualRun:
         for decision in decisions:
             if isinstance(decision, CloseRound):
                 self.closed.append((self.now, decision))
-                size = self.merge(decision)
-                self._at(self.now, _bound(self._published, decision, size))
+                self.merge(decision)
+                self._at(self.now, _bound(self._published, decision))
 
-    def _published(self, close: CloseRound, size: int) -> None:
+    def _published(self, close: CloseRound) -> None:
         tokens = sum(contribution.tokens for contribution in close.contributions)
         self._carry_out(self.core.published(close.fragment, close.version, tokens, self.now))
         waiting, self._followers = self._followers, []
         for site, fragment, version, how in waiting:
-            self._follow(site, fragment, version, how, size)
+            self._follow(site, fragment, version, how)
 
-    def _follow(self, site: VirtualSite, fragment: int, version: int, how: How, size: int = 0) -> None:
+    def _follow(self, site: VirtualSite, fragment: int, version: int, how: How) -> None:
         """Sends `version` (or the newer one that is out) as soon as it is out."""
         state = self.core.fragments[fragment]
         if state.version < version:
@@ -184,10 +180,7 @@ class VirtualRun:
                 site.running.arrived(fragment, newest, tokens, how)
                 self._resume(site)
 
-        self._at(self.now + self._travel(site, size), arrived)
-
-    def _travel(self, site: VirtualSite, size: int) -> float:
-        return site.link_seconds + (size / site.bytes_per_second if site.bytes_per_second else 0.0)
+        self._at(self.now + site.link_seconds, arrived)
 
     # -- a site's side
 
@@ -273,8 +266,8 @@ class VirtualRun:
                     return
                 case Snapshot() as action:
                     core.snapshot_taken(action, self.now)
-                    sent, size = self.take(site, action)
-                    self._at(self.now + self._travel(site, size), _bound(self._offer, site, action, sent))
+                    sent = self.take(site, action)
+                    self._at(self.now + site.link_seconds, _bound(self._offer, site, action, sent))
                 case Align(fragment, _, how):
                     self.take_up(site, fragment, how)
                     core.aligned(fragment)

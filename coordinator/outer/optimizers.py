@@ -102,11 +102,12 @@ def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
         # (The count can stand above a period that was lowered meanwhile.)
         taken = min(arrivals, max(1, period - count))
         if count + taken >= period:
-            # What the arrivals before this one have not taken of the momentum.
+            # What the arrivals before this one have not taken of the momentum. The mean is over what was collected:
+            # that is N, or more where sites left and N was lowered meanwhile.
             mix, beta, inverse, keep = (
                 max(0.0, 1 - rule.delay_c * count) * rule.momentum,
                 rule.momentum,
-                1 / period,
+                1 / (count + taken),
                 0.0,
             )
             count = 0

@@ -5,8 +5,11 @@ a full-quorum run it must be the same figure whenever messages happen to arrive.
 versions alone: the tokens merged into the last version that the site aligned with, plus its own tokens since
 that version's snapshot, times how many tokens the whole run merged in that round for each of its own.
 
-Where rounds close without waiting for everyone there is no such figure to agree on, and a short first
-contribution would make the ratio absurd: there the same estimate starts from each report of the coordinator.
+Where rounds close without waiting for everyone there is no such figure to agree on, and a short first contribution
+would make the ratio absurd. There the figure is what the coordinator reports as merged, plus what this site has trained
+that no version holds yet, times how many tokens the whole run trains for each of its own: sites that are paced have as
+much on their way, in time. What was on its way is merged at another moment than what the others had, so the figure
+comes in steps of up to a cycle; between them it holds its place, and only what is further off runs it backwards.
 """
 
 from __future__ import annotations
@@ -16,8 +19,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """A fragment's view, or the coordinator's report: `merged` run tokens at local token count `at`, growing `ratio`
-    per local token."""
+    """A fragment's view: `merged` run tokens at local token count `at`, growing `ratio` per local token."""
 
     merged: int
     at: int

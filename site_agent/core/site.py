@@ -123,8 +123,10 @@ class SiteCore:
     """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run."""
     closing: list[tuple[int, int]] = field(default_factory=list)
     """(fragment, version) of rounds that are about to close without this site."""
-    reported: Progress | None = None
+    reported: int | None = None
     """The run's merged tokens as the coordinator last reported them; unused in a full-quorum run."""
+    peers: float = 1.0
+    """Inner steps that the run takes for each one of this site."""
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, peers: float) -> SiteCore:
@@ -176,10 +178,7 @@ class SiteCore:
         self.due += [p for p in self.cycle.due(self.steps, len(self.fragments)) if p not in self.due]
         if self.steps >= self.cycle.end:
             self.cycle = next_cycle(self.steps, self.pace, self.cycle.carry)
-        if self.reported is not None:
-            self.furthest = self.reported.estimate(self.tokens)
-        else:
-            self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
+        self._find_place()
 
     def snapshot_taken(self, action: Snapshot, now: float) -> None:
         if action.fragment in self.due:
@@ -225,12 +224,8 @@ class SiteCore:
         where nobody waits, the learning rate follows these reports."""
         if self.settings.everyone:
             return
-        if self.reported is None or tokens != self.reported.merged:
-            self.reported = Progress(tokens, self.tokens, peers)
-        else:
-            # Said again, of what this site has trained on since: it is not back where it was.
-            self.reported.ratio = peers
-        self.furthest = self.reported.estimate(self.tokens)
+        self.reported, self.peers = tokens, peers
+        self._find_place()
 
     @property
     def overlap_seconds(self) -> float:
@@ -240,6 +235,23 @@ class SiteCore:
         return min(self.pace if overlap is None else overlap, self.pace) * self.tempo.step_seconds
 
     # -- rules
+
+    def _find_place(self) -> None:
+        """Where the run's budget stands, for the learning rate; see site_agent.core.budget."""
+        if self.reported is None:
+            self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
+            return
+        merged = sum(view.progress.merged for view in self.fragments) / len(self.fragments)
+        undelivered = sum(map(self._undelivered, self.fragments)) / len(self.fragments)
+        here = max(self.reported, merged) + self.peers * undelivered
+        cycle = self.peers * self.pace * self.tokens / max(1, self.steps)
+        self.furthest = max(here, min(self.furthest, here + cycle))
+
+    def _undelivered(self, view: FragmentView) -> int:
+        """Tokens of this site that no version of the fragment is known to hold."""
+        flight = view.in_flight
+        on_its_way = flight.tokens if flight is not None and flight.holding is not None else 0
+        return 0 if view.complete else self.tokens - view.counted_tokens + on_its_way
 
     def _snapshot(self, p: int) -> Snapshot:
         view = self.fragments[p]

@@ -39,9 +39,8 @@ class Run(VirtualRun):
     def store(self, contribution: Contribution, sent: Any) -> None:
         self.accepted.append(contribution.id)
 
-    def merge(self, close: CloseRound) -> int:
+    def merge(self, close: CloseRound) -> None:
         self.merged += [contribution.id for contribution in close.contributions]
-        return 0
 
     def ends_with_everything_merged(self) -> None:
         self.run(limit=100_000)

@@ -107,9 +107,8 @@ class Watched(VirtualRun):
     def store(self, contribution: Contribution, sent: Any) -> None:
         self.first.setdefault(contribution.fragment, self.now)
 
-    def merge(self, close: CloseRound) -> int:
+    def merge(self, close: CloseRound) -> None:
         self.collected.append((self.now, self.now - self.first.pop(close.fragment)))
-        return 0
 
 
 def decoupled(sites: list[VirtualSite], grace: float | None = None, **plan: Any) -> Watched:
@@ -183,6 +182,26 @@ def test_a_site_that_joins_late_is_at_the_right_point_of_the_schedule() -> None:
     assert first_merged > 400
     assert first_furthest == pytest.approx(first_merged, rel=0.1)
     assert seen[-1][0] == pytest.approx(2000, rel=0.1)
+
+
+@pytest.mark.parametrize("grace", [None, 0.0])
+def test_where_nobody_waits_every_site_knows_what_the_run_has_trained(grace: float | None) -> None:
+    """Merged and not yet merged, to a part of a cycle: 30 tokens here, of a budget of 2000."""
+    sites = [VirtualSite(f"s{n}", step, 4.0) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
+    run = decoupled(sites, grace=grace)
+    trained, off = 0, []
+
+    def step(site: VirtualSite) -> int:
+        nonlocal trained
+        if trained < 1900:  # (at the end what is on its way is beyond the budget)
+            off.append(site.running.furthest - trained)
+        trained += 1
+        return 1
+
+    run.step = step  # type: ignore[method-assign]
+    run.run(limit=10_000)
+    assert abs(statistics.mean(off)) < 6
+    assert max(map(abs, off)) < 30
 
 
 def test_follow_takes_a_slow_site_into_rounds_that_would_close_without_it() -> None:

@@ -89,6 +89,17 @@ def test_n_pushes_of_the_same_weights_are_one_nesterov_step_on_their_mean(pool: 
         assert not delayed.slots["accumulated"].any()
 
 
+def test_where_sites_leave_in_the_middle_of_a_buffer_the_momentum_is_the_mean_of_what_was_collected(
+    pool: ThreadPoolExecutor,
+) -> None:
+    at, ones = state(), np.ones(FRAGMENT.size, np.float32)
+    for _ in range(7):
+        step(at, [sent(ones)], replace(DELAYED, period=8), pool)
+    step(at, [sent(ones)], replace(DELAYED, period=1), pool)
+    np.testing.assert_array_equal(at.slots["momentum"], ones)
+    assert not at.slots["accumulated"].any()
+
+
 def test_a_buffer_of_three_and_unit_gradients_moves_by_a_third_each(pool: ThreadPoolExecutor) -> None:
     at, rule = state(), replace(DELAYED, period=3, lr=1.0, momentum=0.0)
     for _ in range(6):

@@ -432,8 +432,12 @@ def test_a_site_does_not_follow_with_nothing() -> None:
 # ---- the budget as the coordinator reports it
 
 
+def asynchronous() -> SiteCore:
+    return SiteCore.begin(Settings("unbounded", BUDGET, everyone=False), [(0, 0)] * 2, 6.0, peers=2)
+
+
 def test_where_nobody_waits_the_learning_rate_follows_what_the_coordinator_reports() -> None:
-    core = SiteCore.begin(Settings("unbounded", BUDGET, everyone=False), [(0, 0)] * 2, 6.0, peers=2)
+    core = asynchronous()
     core.told(5000, 3.0)
     assert core.furthest == 5000
     train(core, 2)
@@ -441,7 +445,36 @@ def test_where_nobody_waits_the_learning_rate_follows_what_the_coordinator_repor
     core.told(5000, 3.0)
     assert core.furthest == 5060, "said again, it takes nothing back"
     core.told(5040, 3.0)
-    assert core.furthest == 5040, "the coordinator knows better"
+    assert core.furthest == 5040 + 3 * 20, "what was merged meanwhile was not this site's"
+
+
+def test_what_is_on_its_way_counts_until_a_version_holds_it() -> None:
+    core = asynchronous()
+    core.told(5000, 3.0)
+    train(core, 3)
+    take(core)
+    core.accepted(0, 1, 0.0)
+    assert core.furthest == 5000 + 3 * 30
+    core.arrived(0, 1, 90, "align")
+    take_up(core)
+    core.told(5045, 3.0)
+    train(core, 1)
+    assert core.furthest == 5045 + 3 * (10 + 40) / 2, "one of two fragments has it"
+
+
+def test_the_place_in_the_budget_holds_within_a_cycle_and_no_further() -> None:
+    core = asynchronous()
+    core.told(5000, 3.0)
+    train(core, 3)
+    take(core)
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 1)
+    held = core.furthest
+    assert held == 5000 + 3 * 30 > 5000 + 3 * (10 + 40) / 2, "merged, and not reported yet"
+    core.told(5000, 10**6)
+    core.told(5000, 3.0)
+    assert core.furthest <= 5000 + 3 * (25 + 60), "an absurd order is not remembered"
 
 
 def test_in_a_full_quorum_run_it_follows_the_versions_alone() -> None:
