@@ -134,7 +134,7 @@ class Coordinator:
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
-        self._absurd: set[str] = set()
+        self._absurd: set[tuple[str, str]] = set()
         self._joined = {site.name for site in self.reader.sites()}
 
     # -- life
@@ -243,19 +243,20 @@ class Coordinator:
             message.evaluates,
         )
         await self._carry_out(_allowed(self.core.heartbeat(site, message.session, report, self.clock())))
-        self._note_absurd_speeds()
+        self._note_absurd_reports()
         self.metrics.show_report(site, report)
         if message.evaluation is not None:
             await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
         return self._orders(site)
 
-    def _note_absurd_speeds(self) -> None:
-        """Counts and names a site whose reported speed pacing has bounded, once until it is believable again."""
-        absurd = set(self.core.pacer.absurd())
-        for site in sorted(absurd - self._absurd):
-            self.metrics.bounded.labels(site, "speed").inc()
-            seconds = self.core.members.live[site].report.step_seconds
-            log.warning("site %s reports %g s an inner step, too far from the others; bounded in pacing", site, seconds)
+    def _note_absurd_reports(self) -> None:
+        """Counts and names a site whose report is bounded, once until it is believable again."""
+        absurd = set(self.core.absurd_reports())
+        for site, what in sorted(absurd - self._absurd):
+            self.metrics.bounded.labels(site, what).inc()
+            report = self.core.members.live[site].report
+            said = f"{report.step_seconds:g} s a step" if what == "speed" else f"{report.overlap_seconds:g} s to spare"
+            log.warning("site %s reports %s, too far from the others; bounded", site, said)
         self._absurd = absurd
 
     async def leave(self, site: str, run: str, session: str) -> None:
@@ -393,6 +394,7 @@ class Coordinator:
 
     async def _evaluated(self, site: str, tokens: int, loss: float) -> None:
         if not self.core.evaluated(site, tokens):
+            log.info("not counted: an evaluation by %s at %d tokens, not asked for or not news", site, tokens)
             return
         await self.workers.write(self.store.journal.evaluate, site, tokens, loss, time.time())
         self.evaluations.append((tokens, loss))

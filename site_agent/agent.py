@@ -1,7 +1,7 @@
 """The site agent: joins a run and trains until the run is finished or somebody stops it.
 
 The thread that runs `run` owns the model and the core, and does what the core says at every step boundary.
-The network lives in the courier's thread; evaluation and checkpoint writing have one more. News are taken in
+The network lives in the courier's thread; evaluation and checkpoint writing have one each. News are taken in
 between steps only, so that a run with a fixed τ takes the same course however messages are timed.
 """
 
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from shared.codecs import warm_up
 from shared.config import RunConfig, SiteConfig, received_run
@@ -48,6 +49,8 @@ from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
 REPORT_STEPS = 50
@@ -103,7 +106,8 @@ class Agent:
         self.courier.evaluates = site.evaluate
         self._directory = config.path(site.state)
         self._clock = time.monotonic
-        self._background = ThreadPoolExecutor(1, "background")
+        # One each: a long evaluation must not keep a checkpoint waiting.
+        self._saver, self._evaluator = ThreadPoolExecutor(1, "checkpoints"), ThreadPoolExecutor(1, "evaluation")
         self._evaluating: Future[None] | None = None
         self._saving: Future[None] | None = None
         self._loss: float | None = None
@@ -130,7 +134,8 @@ class Agent:
             ) from None
         finally:
             self.courier.close()
-            self._background.shutdown(wait=True, cancel_futures=True)
+            for background in (self._saver, self._evaluator):
+                background.shutdown(wait=True, cancel_futures=True)
             if exporter is not None:
                 exporter.shutdown()
                 exporter.server_close()
@@ -402,15 +407,16 @@ class Agent:
 
     def _evaluate_if_ordered(self) -> None:
         if self._orders.evaluate and (self._evaluating is None or self._evaluating.done()):
-            self._evaluating = self._background.submit(_told(self._evaluate), list(self.anchors))
+            self._evaluating = _told(self._begin_evaluation)()
 
     def _evaluate_the_end(self) -> None:
         """The finished run's weights are evaluated by the site that asks first; the others need not wait for it."""
         if self._evaluating is not None:
             self._evaluating.result()
         orders = self.courier.ask_orders()
-        if orders is not None and orders.evaluate:
-            _told(self._evaluate)(self.anchors)
+        evaluating = _told(self._begin_evaluation)() if orders is not None and orders.evaluate else None
+        if evaluating is not None:
+            evaluating.result()
 
     def _stream_of(self, orders: Orders) -> BatchStream:
         shard = Shard(orders.shard.index, orders.shard.count, orders.shard.seed)
@@ -436,13 +442,17 @@ class Agent:
 
     # -- in the background
 
-    def _evaluate(self, anchors: list[Anchor]) -> None:
-        """The held-out loss of the published weights, on a model of its own, beside the training."""
+    def _begin_evaluation(self) -> Future[None]:
+        # Copied here, between steps, so that its buffers are of one moment.
+        model = copy.deepcopy(self.trainer.model)
+        return self._evaluator.submit(_told(self._evaluate), model, list(self.anchors))
+
+    def _evaluate(self, model: nn.Module, anchors: list[Anchor]) -> None:
+        """The held-out loss of the published weights, which are written into `model`."""
         batches = self.task.eval_batches(self.run_config.inner.batch_size)
         if batches is None:
             self.courier.evaluates = False
             return
-        model = copy.deepcopy(self.trainer.model)
         load_flat(model, self.layout, (anchor.flat for anchor in anchors))
         loss = evaluate(self.task, model, batches, self.trainer.device)
         if loss is not None and abs(loss) <= 1e6:
@@ -457,9 +467,7 @@ class Agent:
         if self._saving is not None and not self._saving.done():
             return
         tensors, manifest = self._state()
-        self._saving = self._background.submit(
-            _told(checkpoint.save), self._directory, self.core.steps, tensors, manifest
-        )
+        self._saving = self._saver.submit(_told(checkpoint.save), self._directory, self.core.steps, tensors, manifest)
 
     def _save_before_leaving(self) -> None:
         if not self._training:
@@ -492,13 +500,14 @@ class Agent:
         return tensors, json.loads(json.dumps(manifest))
 
 
-def _told(work: Callable[..., None]) -> Callable[..., None]:
-    """Background work whose failure is logged: training goes on without it."""
+def _told(work: Callable[..., T]) -> Callable[..., T | None]:
+    """Work on the side, whose failure is logged: training goes on without it."""
 
-    def run(*args: Any) -> None:
+    def run(*args: Any) -> T | None:
         try:
-            work(*args)
+            return work(*args)
         except Exception:
-            log.exception("%s failed in the background", getattr(work, "__name__", "work"))
+            log.exception("%s failed", getattr(work, "__name__", "work"))
+            return None
 
     return run

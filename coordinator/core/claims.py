@@ -19,7 +19,8 @@ LONGEST_CYCLES = 16
 WITNESSES, APART = 3, 8.0
 """So many other sites are a measure, and so many times their middle one is believed."""
 REACH = 3.0
-"""So many times what the fastest site can have trained meanwhile is believed."""
+"""A site earns credit for so many times the steps of the fastest one: measured speeds lag behind, and a site that has
+just become faster must not be cut short."""
 LONGEST_SEQUENCE = 1 << 20
 """Tokens; the bound while nothing else is known."""
 
@@ -34,18 +35,21 @@ class Claims:
     sequence_tokens: int | None = None
     _rates: dict[str, float] = field(default_factory=dict)
     _cycles: dict[str, int] = field(default_factory=dict)
+    _credit: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
-    def credible(self, claimed: Contribution, reach: float | None = None) -> Contribution:
-        """The contribution with its counts bounded. `reach`: how many inner steps the fastest site can have taken since
-        this one's last contribution; None where that is not known."""
-        most = LONGEST_CYCLES * self.steps
-        if reach is not None:
-            # Measured speeds lag behind; a site that has just become faster must not be cut short.
-            most = min(most, math.ceil(REACH * reach) + 2)
-        steps = min(claimed.steps, most)
+    def credible(self, claimed: Contribution, now: float = 0.0, fastest: float | None = None) -> Contribution:
+        """The contribution with its counts bounded by its site's credit, which is full at first. `fastest`: the inner
+        steps per second of the fastest site; None where nobody can tell."""
+        steps = min(claimed.steps, math.floor(self._credit_of(claimed, now, fastest)))
         return replace(
             claimed, steps=steps, tokens=min(claimed.tokens, int(max(1, steps) * self._most_tokens(claimed.site)))
         )
+
+    def spend(self, believed: Contribution, now: float, fastest: float | None) -> None:
+        """Takes an accepted contribution from its site's credit. What an upload was late by is credit still, and what
+        the next one holds is paid from it."""
+        left = self._credit_of(believed, now, fastest) - believed.steps
+        self._credit[believed.site, believed.fragment] = (max(0.0, left), now)
 
     def note(self, believed: Contribution) -> None:
         """Remembers an accepted contribution."""
@@ -57,9 +61,15 @@ class Claims:
         """Of the site's last contribution; of a site without one, the middle one of the others. 0: nothing known."""
         return self._rates.get(site) or _middle(self._rates.values())
 
-    def steps_per_cycle(self, site: str) -> float:
-        """Of the site's last contribution, or H."""
-        return float(self._cycles.get(site, self.steps))
+    def steps_per_cycle(self, site: str) -> float | None:
+        """Of the site's last contribution; None of a site without one."""
+        return self._cycles.get(site)
+
+    def _credit_of(self, contribution: Contribution, now: float, fastest: float | None) -> float:
+        """In inner steps, for one fragment."""
+        most = float(LONGEST_CYCLES * self.steps)
+        held, since = self._credit.get((contribution.site, contribution.fragment), (most, now))
+        return most if fastest is None else min(most, held + REACH * fastest * (now - since))
 
     def _most_tokens(self, site: str) -> float:
         if self.sequence_tokens is not None:

@@ -66,8 +66,11 @@ class Pacer:
         }
 
     def fastest(self) -> float | None:
-        """The largest believable speed, in inner steps per second; None where none has been measured."""
-        return max(believable(self.speeds()).values(), default=None)
+        """The largest believable speed, in inner steps per second; None where none has been measured, or where of two
+        nobody can tell which one is right."""
+        speeds = self.speeds()
+        honest = believable(speeds)
+        return None if len(honest) < len(speeds) == 2 else max(honest.values(), default=None)
 
     def absurd(self) -> list[str]:
         """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,

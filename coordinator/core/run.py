@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from coordinator.core import rounds
 from coordinator.core.claims import Claims
 from coordinator.core.membership import Membership, Report
-from coordinator.core.pacing import Pacer
+from coordinator.core.pacing import FASTEST, Pacer
 from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
 
@@ -123,6 +123,7 @@ class RunCore:
         self.finished = False
         self._evaluated = -1
         self._evaluator: tuple[str, float] | None = None
+        self._asked: set[str] = set()
 
     # -- what the journal restores
 
@@ -225,6 +226,7 @@ class RunCore:
         self.members.renew(contribution.site, now)
         self._note(contribution)
         self._accepted_at[contribution.site, contribution.fragment] = now
+        self.claims.spend(contribution, now, self.pacer.fastest())
         target = state.target
         state.open.add(contribution, self.plan.policy, now)
         return target, self._close_due(now)
@@ -246,11 +248,13 @@ class RunCore:
         return [*gone, *self._close_due(now)]
 
     def evaluated(self, site: str, tokens: int) -> bool:
-        """Whether an evaluation of the weights at `tokens` merged tokens counts: it was asked of this site, and of
-        weights that there are."""
-        if self._evaluator is None or self._evaluator[0] != site:
+        """Whether an evaluation of the weights at `tokens` merged tokens counts: it was asked of this site (whose lease
+        may have run out since), and is of weights that there are and that are newer than the last ones."""
+        if site not in self._asked:
             return False
-        self._evaluator = None
+        self._asked.remove(site)
+        if self._evaluator is not None and self._evaluator[0] == site:
+            self._evaluator = None
         if not self._evaluated < tokens <= self.tokens:
             # The initial weights, at 0 tokens, are above the −1 of a run that was never evaluated.
             return False
@@ -339,14 +343,18 @@ class RunCore:
         if not (due and free and willing and self.started):
             return False
         self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
+        self._asked.add(site)
         return True
 
     def credible(self, claimed: Contribution, now: float) -> Contribution:
         """The contribution with its counts bounded by what its site can have trained since its last one."""
-        since = self._accepted_at.get((claimed.site, claimed.fragment))
-        fastest = self.pacer.fastest()
-        reach = None if since is None or fastest is None else (now - since) * fastest
-        return self.claims.credible(claimed, reach)
+        return self.claims.credible(claimed, now, self.pacer.fastest())
+
+    def absurd_reports(self) -> list[tuple[str, str]]:
+        """(site, what) of the reports that are too far from the others' to be believed, and are bounded."""
+        longest = FASTEST * _usual(self.pacer.cycle_seconds())
+        late = [m.site for m in self.members.in_state("training") if 0 < longest < m.report.overlap_seconds]
+        return [*((site, "speed") for site in self.pacer.absurd()), *((site, "overlap") for site in sorted(late))]
 
     # -- rules
 
@@ -358,10 +366,14 @@ class RunCore:
     def _cycles(self, sites: Iterable[str]) -> dict[str, float]:
         """The tokens that each site is expected to train from one contribution to the next."""
         paces = self.pacer.paces() or {}
-        return {
-            site: (paces.get(site) or self.claims.steps_per_cycle(site)) * self.claims.tokens_per_step(site)
-            for site in sites
-        }
+        # A site whose speed nobody believes counts for what it has brought.
+        unknown = dict.fromkeys(self.pacer.absurd(), 0.0)
+
+        def steps(site: str) -> float:
+            expected = None if site in unknown else paces.get(site)
+            return expected or self.claims.steps_per_cycle(site) or unknown.get(site, float(self.plan.steps))
+
+        return {site: steps(site) * self.claims.tokens_per_step(site) for site in sites}
 
     def _all_done(self) -> bool:
         return all(
@@ -434,9 +446,14 @@ class RunCore:
 
     def _tempos(self, cycles: Mapping[str, float]) -> dict[str, Tempo]:
         """What each site has measured. Paced sites have cycles alike: none can spare more than the lower median."""
-        longest = statistics.median_low(cycles.values()) if cycles else 0.0
+        longest = _usual(cycles)
         return {
             member.site: Tempo(min(member.report.overlap_seconds, longest), member.report.sync_seconds)
             for member in self.members.in_state("training")
             if member.report.sync_seconds > 0
         }
+
+
+def _usual(cycles: Mapping[str, float]) -> float:
+    """The lower median of the sites' cycles, in seconds; 0 where none is measured."""
+    return statistics.median_low(cycles.values()) if cycles else 0.0

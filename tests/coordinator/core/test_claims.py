@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.core.claims import APART, LONGEST_CYCLES, LONGEST_SEQUENCE, Claims
+from coordinator.core.claims import APART, LONGEST_CYCLES, LONGEST_SEQUENCE, REACH, Claims
 from coordinator.core.rounds import Contribution
 
 
@@ -50,9 +50,34 @@ def test_no_contribution_stands_for_more_than_so_many_cycles() -> None:
     assert (found.steps, found.tokens) == (LONGEST_CYCLES * 10, LONGEST_CYCLES * 10 * 2 * 64)
 
 
+def test_a_site_earns_credit_as_the_fastest_one_trains_and_keeps_what_it_did_not_use() -> None:
+    claims = Claims(10, 2)
+    full = LONGEST_CYCLES * 10
+
+    def believed(steps: int, now: float, fastest: float | None = 2.0) -> int:
+        found = claims.credible(claimed("a", 1, steps), now, fastest)
+        claims.spend(found, now, fastest)
+        return found.steps
+
+    assert believed(10**9, 5.0) == full, "its first one may hold anything"
+    assert believed(10**9, 6.0) == REACH * 2
+    assert [believed(20, 16.0 + late) for late in (0.0, 0.1, 0.2)] == [20, 20, 20], "held up, they come together"
+    assert believed(10**9, 16.2) <= 1, "sixty in ten seconds are all: the fastest one, three times over"
+    assert believed(10**9, 10**6) == full, "credit is not kept for ever"
+    assert believed(10**9, 10**6, None) == full, "where nobody can tell, nothing is cut but by cycles"
+
+
+def test_each_fragment_has_its_own_credit() -> None:
+    claims = Claims(10, 2)
+    claims.spend(claimed("a", 1, LONGEST_CYCLES * 10), 0.0, 1.0)
+    assert claims.credible(claimed("a", 1), 0.0, 1.0).steps == 0
+    other = Contribution("2", "a", 1, 0, 1, 10)
+    assert claims.credible(other, 0.0, 1.0) == other
+
+
 def test_what_a_site_brings_is_known_from_its_last_contribution() -> None:
     claims = Claims(50, 2)
-    assert (claims.steps_per_cycle("a"), claims.tokens_per_step("a")) == (50.0, 0.0)
+    assert (claims.steps_per_cycle("a"), claims.tokens_per_step("a")) == (None, 0.0)
     noted(claims, a=100, b=300, c=200)
     assert (claims.steps_per_cycle("a"), claims.tokens_per_step("a")) == (10.0, 10.0)
     assert claims.tokens_per_step("new") == 20.0, "as the middle one of the others"

@@ -392,6 +392,14 @@ def test_a_lost_evaluator_gives_way() -> None:
     assert core.take_evaluation("a", EVALUATION_LEASE_SECONDS), "or it has left"
 
 
+def test_an_evaluation_that_took_longer_than_its_lease_counts_unless_a_newer_one_came_first() -> None:
+    core = training("a", "b")
+    assert core.take_evaluation("a", 0.0)
+    assert core.take_evaluation("b", EVALUATION_LEASE_SECONDS)
+    assert core.evaluated("a", 0)
+    assert not core.evaluated("b", 0), "no news"
+
+
 def test_at_the_end_the_evaluator_is_told_again() -> None:
     """An order that crosses the end of a site's training is never read; the site asks once more before it leaves."""
     core = training("a", "b", plan=replace(PLAN, fragments=1))
@@ -559,11 +567,23 @@ def test_no_site_has_trained_more_since_its_last_contribution_than_a_fast_one_co
     core.heartbeat("b", "b", replace(TRAINING, step_seconds=1.0), 0.0)
     liar = Contribution("1", "b", 0, 0, 10**9, 10**9)
     assert core.credible(liar, 1.0).steps == 16 * PLAN.steps, "its first one may hold anything"
-    core.accept(replace(liar, tokens=10, steps=1), 1.0)
+    core.accept(core.credible(liar, 1.0), 1.0)
     late = replace(liar, id="2", base_version=1)
-    assert core.credible(late, 2.0).steps == 3 * 10 + 2, "the fast one takes ten steps a second"
+    assert core.credible(late, 2.0).steps == 3 * 10, "the fast one takes ten steps a second"
     honest = replace(late, steps=20, tokens=200)
     assert core.credible(honest, 3.0) == honest
+
+
+def test_of_two_neither_is_cut_short_where_nobody_can_tell_which_speed_is_absurd() -> None:
+    core = training("a", "liar", plan=quorum_of_one(0.0))
+    core.heartbeat("a", "a", replace(TRAINING, step_seconds=0.1), 0.0)
+    core.heartbeat("liar", "liar", replace(TRAINING, step_seconds=1e9), 0.0)
+    contribute(core, "a", 0)
+    honest = Contribution("2", "a", 0, 1, 500, 50)
+    assert core.credible(honest, 5.0) == honest
+    (close,) = contribute(core, "a", 1)
+    assert isinstance(close, CloseRound)
+    assert close.share == 1.0, "who brings nothing takes no part of a round"
 
 
 def test_a_site_knows_how_much_the_run_trains_for_each_of_its_steps() -> None:
@@ -605,6 +625,16 @@ def test_of_two_speeds_that_are_too_far_apart_either_may_be_the_absurd_one() -> 
     for site, seconds in (("a", 1.0), ("b", 1e-9)):
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
     assert core.pacer.absurd() == ["a", "b"]
+    assert core.pacer.fastest() is None
+
+
+def test_a_time_to_spare_that_is_far_beyond_a_cycle_is_named_and_bounded() -> None:
+    core = training("a", "b", "c", plan=quorum_of_one())
+    for site, overlap in (("a", 40.0), ("b", 50.0), ("c", 1e7)):
+        core.heartbeat(site, site, replace(TRAINING, step_seconds=1.0, overlap_seconds=overlap, sync_seconds=1.0), 1.0)
+    assert core.absurd_reports() == [("c", "overlap")]
+    core.heartbeat("c", "c", replace(TRAINING, step_seconds=1.0, overlap_seconds=50.0), 2.0)
+    assert core.absurd_reports() == []
 
 
 # ---- what a round is worth, and who may still join it
