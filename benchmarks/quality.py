@@ -9,7 +9,7 @@ processes over HTTP as well (`diloco-m4-processes`), and must end in the very we
     python -m benchmarks.quality --json FILE [--plot FILE.png] [--tokens N] [--seeds N] [--only NAME,…] [--quick]
 
 Rows that FILE has already (same setting with the same config, seed and tokens) are kept, so that a long measurement can
-be continued.
+be continued; how many of them are from other sources is said below the table.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ RATE, BASE_RATE = 4.5e-3, 3e-3
 """[inner] lr of the sites, and of data-parallel training, each the best of those tried (see `*-rate-*`)."""
 MOOD = 0.2
 OTHER = "OTHER WEIGHTS"
+MEASURED = ("coordinator", "lab", "shared", "site_agent")
+"""Packages whose sources a row depends on."""
 EVALUATIONS = 40
 QUICK_TOKENS, QUICK_EVALUATIONS = 60_000, 8
 Tables = Mapping[str, Mapping[str, Any]]
@@ -99,6 +101,9 @@ NAIVE: Tables = _with(ASYNC, UNPACED, STALE, PAPER, _outer(partial="full"))
 DELAYED: Tables = _with(ASYNC, PAPER, _outer(optimizer="delayed-nesterov"))
 BY_PLAY: Tables = {"task": {"partition": "contiguous"}}
 HELOCO: Tables = _outer(correction="heloco")
+RDA: Tables = _outer(merge="rda")
+ADAM: Tables = _outer(optimizer="adam", lr=4e-3, momentum=0.9)
+DECAY: Tables = {"rounds": {"staleness_decay": 0.5}}
 
 DEFAULT, BASE = "decoupled", "data-parallel"
 SETTINGS = [
@@ -126,7 +131,7 @@ SETTINGS = [
     Setting("decoupled-fp32", "the same, fp32 up and down", FP32),
     Setting("decoupled-paper", "the same with η 0.7, μ 0.9", PAPER),
     Setting("decoupled-0.7-0.7", "the same with η 0.7, μ 0.7", _outer(lr=0.7, momentum=0.7)),
-    Setting("decoupled-rda", "the same with RDA", _outer(merge="rda")),
+    Setting("decoupled-rda", "the same with RDA", RDA),
     Setting("decoupled-full", "each round a whole step", _outer(partial="full")),
     Setting(
         "decoupled-no-grace", "pure async: each arrival is a round, worth its share", {"rounds": {"grace_seconds": 0}}
@@ -134,6 +139,13 @@ SETTINGS = [
     Setting("decoupled-follow", "sites join rounds that are about to close", {"rounds": {"pacing": "follow"}}),
     Setting("decoupled-overwrite", "aligned by overwriting", {"rounds": {"align": "overwrite"}}),
     Setting("decoupled-uniform", "contributions weigh the same", {"rounds": {"weighting": "uniform"}}),
+    Setting("decoupled-tokens2", "contributions weigh tokens²/steps", {"rounds": {"weighting": "tokens2-per-step"}}),
+    Setting("decoupled-decay", "older contributions weigh less: (1 + staleness)^−½", DECAY),
+    Setting("decoupled-quorum-2", "a round needs two sites", {"rounds": {"quorum": 2}}),
+    Setting("decoupled-no-feedback", "without error feedback", {"wire": {"error_feedback": False}}),
+    Setting("adam-rate-1", "outer Adam, η 1e-3", _outer(optimizer="adam", lr=1e-3, momentum=0.9)),
+    Setting("adam", "outer Adam, η 4e-3", ADAM),
+    Setting("adam-decay", "the same; older contributions weigh less", _with(ADAM, DECAY)),
     Setting("heloco", "with HeLoCo's correction", HELOCO),
     Setting("naive-async-even", "1:1:1:1, each arrival a whole step", NAIVE, EVEN),
     Setting("delayed-nesterov-even", "1:1:1:1, Delayed Nesterov", DELAYED, EVEN),
@@ -142,7 +154,9 @@ SETTINGS = [
     Setting("naive-async-by-play", "each arrival a whole step, each site its own plays", _with(NAIVE, BY_PLAY)),
     Setting("paced-by-play", "full quorum, DyLU, each site its own plays", _with(PACED, BY_PLAY)),
     Setting("decoupled-by-play", "the defaults, each site its own plays", BY_PLAY),
+    Setting("decoupled-rda-by-play", "the same with RDA", _with(RDA, BY_PLAY)),
     Setting("heloco-by-play", "with HeLoCo's correction", _with(HELOCO, BY_PLAY)),
+    Setting("delayed-nesterov-by-play", "Delayed Nesterov, each site its own plays", _with(DELAYED, BY_PLAY)),
     Setting("decoupled-one-dies", "the defaults; the second site dies half way", dies=True),
     Setting("paced-moody", "full quorum, DyLU, τ by time; speeds wander by a factor of 1.5", PACED, mood=MOOD),
     Setting("decoupled-moody", "the defaults; speeds wander by a factor of 1.5", mood=MOOD),
@@ -177,6 +191,14 @@ def digest_of(setting: Setting, tokens: int, seed: int) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
+def code_digest() -> str:
+    """Of the sources that a row depends on, wherever they lie: a row that was measured with others is told as such."""
+    root = Path(__file__).parents[1]
+    files = sorted(file for package in MEASURED for file in (root / package).rglob("*.py"))
+    told = [file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() for file in files]
+    return hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
+
+
 def measure(name: str, text: str, tokens: int, seed: int) -> dict[str, Any]:
     """One row."""
     torch.set_num_threads(1)
@@ -190,7 +212,8 @@ def measure(name: str, text: str, tokens: int, seed: int) -> dict[str, Any]:
         found = _processes(setting, tables)
     else:
         found = _federated(setting, config)
-    known = {"setting": name, "seed": seed, "budget": tokens, "config": digest_of(setting, tokens, seed)}
+    known = {"setting": name, "seed": seed, "budget": tokens}
+    known |= {"config": digest_of(setting, tokens, seed), "code": code_digest()}
     return {**known, **found, "seconds": time.perf_counter() - began}
 
 
@@ -232,7 +255,7 @@ def _processes(setting: Setting, tables: Tables) -> dict[str, Any]:
     return {
         "tokens": status["tokens"],
         "eval_loss": status["eval_loss"],
-        "virtual_seconds": status["seconds"],
+        "real_seconds": status["seconds"],
         "training_share": min(site["training_share"] for site in status["sites"]),
         "weights": [[fragment["version"], fragment["digest"]] for fragment in status["fragments"]],
         "curve": [[0.0, point["tokens"], point["loss"]] for point in status["evaluations"]],
@@ -332,6 +355,8 @@ def main() -> None:
         show(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, PAIRS)
         said = _agreement(rows)
         print("\n".join(said))
+        if older := sum(row.get("code") != code_digest() for row in rows):
+            print(f"{older} of {len(rows)} rows were measured with other sources than these; without FILE all are new")
     if options.plot is not None:
         # A run in real processes is its double in virtual time; its own seconds are those of this machine.
         order = [setting.name for setting in SETTINGS if not setting.double]

@@ -83,7 +83,7 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
             f"{statistics.mean(loss_at(row['curve'], end) for row in mine):.3f}"
             if end and mine[0]["curve"][-1][0]
             else "–",
-            f"{statistics.mean(row['virtual_seconds'] for row in mine):,.0f}",
+            _optional(mine, "virtual_seconds", ",.0f"),
             _optional(mine, "sites_per_round", ".2f"),
             _optional(mine, "cosine", "+.2f"),
             _optional(mine, "bytes_up", ".1f", 1e-6),
