@@ -107,7 +107,7 @@ class RoundsTable(_Table):
         "auto", description='τ: a whole number from 0, "auto" or "unbounded"'
     )
     align: Literal["overwrite", "blend", "carry"] = "carry"
-    blend: float = Field(0.5, ge=0, le=1, description="α, a number from 0 to 1")
+    blend: float = Field(0.5, ge=0, lt=1, description="α, a number from 0 to below 1")
     pacing: Literal["equal-steps", "equal-time", "follow"] = "equal-time"
 
     @field_validator("weight_cap")
@@ -205,6 +205,22 @@ class RunConfig(_Table):
 def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
     """Raises ValueError for settings of [rounds] that cannot work together, or not with [outer]."""
     stated = rounds.model_fields_set
+    endless = rounds.overlap_steps == "unbounded" or (rounds.overlap_steps == "auto" and rounds.quorum != "all")
+    if rounds.align == "blend" and endless:
+        raise ValueError(
+            f'[rounds] align = "blend" mixes by what τ steps changed, and with overlap_steps = "{rounds.overlap_steps}"'
+            f" and quorum = {_toml(rounds.quorum)} there is no τ: name a number for overlap_steps, or use carry"
+        )
+    if rounds.weighting == "uniform" and "weight_cap" in stated and rounds.weight_cap > 0:
+        raise ValueError(
+            '[rounds] weight_cap has no effect with weighting = "uniform", under which all weigh the same: drop it, or '
+            'weighting = "tokens"'
+        )
+    if rounds.grace_seconds != "auto" and rounds.grace_seconds >= rounds.deadline_seconds:
+        raise ValueError(
+            f"[rounds] grace_seconds = {rounds.grace_seconds:g} does not end before deadline_seconds = "
+            f"{rounds.deadline_seconds:g}: make it smaller, or raise deadline_seconds"
+        )
     if rounds.quorum == "all":
         if rounds.pacing == "follow":
             raise ValueError(
@@ -228,6 +244,11 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 "overlap_steps = 0: name seconds for grace_seconds"
             )
     alone = rounds.quorum == 1 and rounds.grace_seconds == 0
+    if alone and "deadline_seconds" in stated:
+        raise ValueError(
+            "[rounds] deadline_seconds has no effect with quorum = 1 and grace_seconds = 0, which close a round at its "
+            "first contribution: drop it, or allow a grace"
+        )
     if rounds.staleness_decay > 0 and alone:
         if outer.optimizer == "delayed-nesterov":
             raise ValueError(
@@ -239,6 +260,10 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
                 'drop it, or allow a grace, or partial = "share"'
             )
+
+
+def _toml(value: str | int) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _check_outer(outer: OuterTable) -> None:

@@ -149,7 +149,7 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
     "text",
     [
         '[rounds]\noverlap_steps = 0\nalign = "blend"\nblend = 0.25',
-        '[rounds]\noverlap_steps = "auto"\nalign = "blend"',
+        '[rounds]\nquorum = "all"\noverlap_steps = "auto"\nalign = "blend"',
         '[rounds]\noverlap_steps = "unbounded"',
         "[rounds]\noverlap_steps = 49",
         "[rounds]\nquorum = 3\ngrace_seconds = 0",
@@ -230,6 +230,35 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             '[rounds]\nalign = "blend"',
             '[rounds] align = "blend" mixes by what τ steps changed, and overlap_steps is not stated: '
             "state it (0 is allowed), or use carry",
+        ),
+        (
+            '[rounds]\nalign = "blend"\noverlap_steps = "unbounded"',
+            '[rounds] align = "blend" mixes by what τ steps changed, and with overlap_steps = "unbounded" '
+            "and quorum = 1 there is no τ: name a number for overlap_steps, or use carry",
+        ),
+        (
+            '[rounds]\nalign = "blend"\noverlap_steps = "auto"',
+            '[rounds] align = "blend" mixes by what τ steps changed, and with overlap_steps = "auto" '
+            "and quorum = 1 there is no τ: name a number for overlap_steps, or use carry",
+        ),
+        (
+            '[rounds]\nalign = "blend"\noverlap_steps = 0\nblend = 1.0',
+            "[rounds] blend: got 1.0 (a number); α, a number from 0 to below 1 would do",
+        ),
+        (
+            '[rounds]\nweighting = "uniform"\nweight_cap = 4.0',
+            '[rounds] weight_cap has no effect with weighting = "uniform", under which all weigh the same: drop it, or '
+            'weighting = "tokens"',
+        ),
+        (
+            "[rounds]\ngrace_seconds = 20\ndeadline_seconds = 20",
+            "[rounds] grace_seconds = 20 does not end before deadline_seconds = 20: make it smaller, or raise "
+            "deadline_seconds",
+        ),
+        (
+            "[rounds]\ngrace_seconds = 0\ndeadline_seconds = 20",
+            "[rounds] deadline_seconds has no effect with quorum = 1 and grace_seconds = 0, which close a round at its "
+            "first contribution: drop it, or allow a grace",
         ),
         (
             "[rounds]\nblend = 0.5",
