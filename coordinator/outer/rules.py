@@ -32,12 +32,17 @@ class Measures:
 
 @dataclass(frozen=True)
 class Combination:
-    """Σ `weights[i]`·Δᵢ + `momentum`·m, brought to length `length` (None: as it is). `norms`: of the terms."""
+    """Σ `weights[i]`·Δᵢ + `momentum`·m, brought to length `length` (None: as it is).
+
+    `norms` are the ‖`weights[i]`·Δᵢ‖, `pulled` what the momentum brings to the sum's square: with both, the angles
+    between the contributions can be told from the length of the sum.
+    """
 
     weights: tuple[float, ...]
     momentum: float
     length: float | None
     norms: tuple[float, ...]
+    pulled: float = 0.0
 
 
 def combination(
@@ -58,12 +63,12 @@ def combination(
         length = math.fsum(weight * length for weight, length in zip(weights, lengths, strict=True))
     else:
         shares, length = list(weights), None
-    return Combination(
-        tuple(share * own for share, (own, _) in zip(shares, parts, strict=True)),
-        math.fsum(share * pull for share, (_, pull) in zip(shares, parts, strict=True)),
-        length,
-        tuple(share * length for share, length in zip(shares, lengths, strict=True)),
-    )
+    own_weights = tuple(share * own for share, (own, _) in zip(shares, parts, strict=True))
+    momentum = math.fsum(share * pull for share, (_, pull) in zip(shares, parts, strict=True))
+    norms = tuple(weight * norm for weight, norm in zip(own_weights, measures.norms, strict=True))
+    pull = momentum * measures.momentum_norm
+    pulled = pull * (pull + 2 * math.fsum(n * cosine for n, cosine in zip(norms, measures.cosines, strict=True)))
+    return Combination(own_weights, momentum, length, norms, pulled)
 
 
 def heloco(norm: float, momentum_norm: float, cosine: float) -> tuple[float, float]:

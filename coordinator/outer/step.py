@@ -97,8 +97,8 @@ class Weighted:
 class Stepped:
     """A finished outer step: the delta as a container, and the digests after it.
 
-    `merged_norm` is the length of the merged pseudo-gradient, `cosine` the mean cosine between what was merged
-    (None where there was one contribution).
+    `merged_norm` is the length of the merged pseudo-gradient, `cosine` the mean cosine between the contributions
+    (None where there was one).
     """
 
     version: int
@@ -252,14 +252,15 @@ class _Merge:
         return delta
 
     def cosine(self, merged_squares: Sequence[float]) -> float | None:
-        """The mean cosine between what was merged, before RDA brought it to its length."""
+        """The mean cosine between the contributions, before a correction turned them or RDA brought their sum to its
+        length."""
         if self._plain:
             return mean_cosine(math.fsum(merged_squares), [self._combinations[0].norms])
         squares, norms, sums = 0.0, [], self._sum_squares or merged_squares
         for (_, sections), terms in zip(self._tensors, self._combinations, strict=True):
             # RDA sums directions: at the length that they get, every tensor counts for what it moves.
             length = 1.0 if terms.length is None else terms.length
-            squares += length**2 * math.fsum(sums[section] for section in sections)
+            squares += length**2 * (math.fsum(sums[section] for section in sections) - terms.pulled)
             norms.append([length * norm for norm in terms.norms])
         return mean_cosine(squares, norms)
 

@@ -236,6 +236,16 @@ def test_the_cosine_of_a_round_is_that_between_its_contributions(pool: ThreadPoo
         assert found == pytest.approx(-1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("merge", ["mean", "rda"])
+def test_a_correction_does_not_change_what_the_cosine_says(merge: Any, pool: ThreadPoolExecutor) -> None:
+    """Of two at about right angles to each other and to the momentum, towards which both are turned far."""
+    at, rule = state(), replace(NESTEROV, correction="heloco", merge=merge)
+    step(at, [sent(values(1))], rule, pool)
+    one, other = (100 * values(seed) + 5 * values(1) for seed in (2, 3))
+    found = step(at, [sent(one, 0.5), sent(other, 0.5)], rule, pool).cosine
+    assert found == pytest.approx(0.0, abs=0.03), "they have nothing in common but what the correction gave them"
+
+
 # ---- state
 
 
