@@ -59,7 +59,7 @@ def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
             quorum=None if rounds.quorum == "all" else int(rounds.quorum),
             grace_seconds=None if rounds.grace_seconds == "auto" else float(rounds.grace_seconds),
             deadline_seconds=rounds.deadline_seconds,
-            max_staleness=rounds.max_staleness,
+            max_staleness=None if rounds.max_staleness == "auto" else int(rounds.max_staleness),
             weighting=rounds.weighting,
             weight_cap=rounds.weight_cap or None,
             staleness_decay=rounds.staleness_decay,

@@ -13,6 +13,7 @@ import heapq
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,12 +90,14 @@ class _Orders:
 
 
 class VirtualRun:
-    """`run` goes on until every living site is done. `closed` holds every round that was closed, with its time."""
+    """`run` goes on until every living site is done. `closed` holds every round that was closed, with its time, and
+    `refused` counts refusals by their code."""
 
     def __init__(self, core: RunCore, sites: list[VirtualSite], settings: Settings) -> None:
         self.core, self.sites, self.settings = core, sites, settings
         self.now = 0.0
         self.closed: list[tuple[float, CloseRound]] = []
+        self.refused: Counter[Code] = Counter()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._followers: list[tuple[VirtualSite, int, int, How]] = []
@@ -294,6 +297,7 @@ class VirtualRun:
         id_ = f"{site.name}-{site.sent}"
         verdict = self.core.offer(site.name, site.name, p, action.base_version, id_)
         if isinstance(verdict, Refusal):
+            self.refused[verdict.code] += 1
             if verdict.code not in (Code.RUN_FINISHED, Code.TOO_STALE):
                 raise FaultError(f"site {site.name} was refused: {verdict.detail}")
             finished = verdict.code is Code.RUN_FINISHED

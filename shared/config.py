@@ -99,7 +99,7 @@ class RoundsTable(_Table):
     quorum: Literal["all"] | int = Field(1, description='"all" or a whole number from 1')
     grace_seconds: Literal["auto"] | float = Field("auto", description='"auto" or seconds from 0')
     deadline_seconds: float = Field(600, gt=0, le=10**7, description="seconds above 0")
-    max_staleness: int = Field(8, ge=0, le=10**6, description="versions, a whole number from 0")
+    max_staleness: Literal["auto"] | int = Field("auto", description='"auto" or versions, a whole number from 0')
     weighting: Literal["uniform", "tokens", "tokens2-per-step"] = "tokens"
     weight_cap: float = Field(8.0, ge=0, description="times the round's median weight, a number from 1, or 0: no cap")
     staleness_decay: float = Field(0.0, ge=0, le=10, description="a number from 0 (off)")
@@ -122,6 +122,13 @@ class RoundsTable(_Table):
     def _quorum(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 1:
             raise ValueError("below 1")
+        return value
+
+    @field_validator("max_staleness")
+    @classmethod
+    def _max_staleness(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and not 0 <= value <= 10**6:
+            raise ValueError("not from 0 to a million")
         return value
 
     @field_validator("grace_seconds")

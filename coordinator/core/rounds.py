@@ -20,6 +20,8 @@ GRACE_FACTOR = 0.5
 """γ of the grace window (Decoupled DiLoCo, arXiv 2604.21428): what a site whose course is not known yet is given."""
 SPARED = 0.75
 """The part of what a site can spare that a round takes of it: its next step may be slower than its last ones."""
+STALE_CYCLES = 8
+"""So many times everybody may have contributed since the base of a contribution, where no other bound is set."""
 LATE = 0.5
 """A contribution that is late by this part of its site's cycle is no surprise yet: speeds wander."""
 
@@ -39,15 +41,27 @@ class Contribution:
 @dataclass(frozen=True)
 class Policy:
     """When a round closes, and how its contributions count. `quorum` None: all sites that train; `grace_seconds` None:
-    measured; `weight_cap` None: none."""
+    measured; `max_staleness` None: by the number of sites; `weight_cap` None: none."""
 
     quorum: int | None
     grace_seconds: float | None
     deadline_seconds: float
-    max_staleness: int
+    max_staleness: int | None
     weighting: Weighting
     weight_cap: float | None = None
     staleness_decay: float = 0.0
+
+
+def stalest(policy: Policy, sites: int) -> int:
+    """The staleness, in versions, that a contribution may have while so many sites are there.
+
+    Versions are no measure of age by themselves: a cycle of everybody is one version with a full quorum, and a version
+    for each site with a quorum of one. A bound that is sound for four sites refuses most of what thirty send.
+    """
+    if policy.max_staleness is not None:
+        return policy.max_staleness
+    quorum = sites if policy.quorum is None else policy.quorum
+    return STALE_CYCLES * max(1, math.ceil(sites / max(1, quorum)))
 
 
 @dataclass(frozen=True)

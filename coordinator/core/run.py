@@ -212,11 +212,12 @@ class RunCore:
             return Refusal(
                 Code.ALREADY_CONTRIBUTED, f"a contribution to fragment {fragment} from base {last_base} was accepted"
             )
-        if (staleness := state.target - 1 - base_version) > self.plan.policy.max_staleness:
+        stalest = rounds.stalest(self.plan.policy, len(self.members.live))
+        if (staleness := state.target - 1 - base_version) > stalest:
             return Refusal(
                 Code.TOO_STALE,
-                f"base {base_version} of fragment {fragment} is {staleness} versions old; "
-                f"at most {self.plan.policy.max_staleness}",
+                f"base {base_version} of fragment {fragment} is {staleness} versions old, and [rounds] max_staleness "
+                f"allows {stalest}",
             )
         return None
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coordinator.core.rounds import SPARED, Contribution, Policy
 from coordinator.core.run import CloseRound, Plan, RunCore
 from lab.virtual import HEARTBEAT_SECONDS, VirtualRun, VirtualSite
+from shared.protocol import Code
 from site_agent.core.site import Settings
 
 BUDGET = 300
@@ -111,9 +112,11 @@ class Watched(VirtualRun):
         self.collected.append((self.now, self.now - self.first.pop(close.fragment)))
 
 
-def decoupled(sites: list[VirtualSite], grace: float | None = None, **plan: Any) -> Watched:
-    policy = Policy(1, grace, DEADLINE, max_staleness=8, weighting="tokens")
-    core = RunCore(Plan(policy, 4, plan.pop("tokens", 2000), 32, True, min_sites=len(sites), **plan))
+def decoupled(
+    sites: list[VirtualSite], grace: float | None = None, equal_time: bool = True, tokens: int = 2000, **plan: Any
+) -> Watched:
+    policy = Policy(1, grace, DEADLINE, max_staleness=None, weighting="tokens")
+    core = RunCore(Plan(policy, 4, tokens, 32, equal_time, min_sites=len(sites), **plan))
     return Watched(core, sites, Settings("auto", core.plan.tokens, everyone=False))
 
 
@@ -137,6 +140,17 @@ def test_pure_async_waits_for_nobody() -> None:
     run.run(limit=10_000)
     assert {seconds for _, seconds in run.collected} == {0.0}
     assert all(close.share < 1 for at, close in run.closed if at > 200 and len(close.contributions) == 1)
+
+
+@pytest.mark.parametrize(("grace", "equal_time"), [(0.0, True), (None, True), (0.0, False)])
+def test_many_sites_of_very_different_speed_are_never_too_stale(grace: float | None, equal_time: bool) -> None:
+    """A cycle of two dozen sites has two dozen versions where each arrival is a round."""
+    sites = [VirtualSite(f"s{n:02}", (1.0, 1.5, 2.0, 8.0)[n % 4], 1.0 + n % 5, mood=0.2) for n in range(24)]
+    run = decoupled(sites, grace, equal_time, tokens=8000)
+    run.run(limit=100_000)
+    assert run.refused.keys() <= {Code.RUN_FINISHED}
+    staleness = [close.version - 1 - c.base_version for _, close in run.closed for c in close.contributions]
+    assert max(staleness) > 8, "which is a cycle of everybody where rounds wait for them"
 
 
 def test_paced_sites_arrive_together_and_a_grace_window_merges_them() -> None:

@@ -128,7 +128,10 @@ def test_a_minimal_run_file_gets_the_documented_defaults(tmp_path: Path) -> None
     """FULL states the design's values; whatever a run leaves out is that, but for the schedule's warm-up (off) and for
     what was measured since (docs/algorithms.md)."""
     stated = tomllib.loads(FULL)
-    measured = {"outer": {"lr": 1.0, "momentum": 0.5}, "rounds": {"quorum": 1, "overlap_steps": "auto"}}
+    measured = {
+        "outer": {"lr": 1.0, "momentum": 0.5},
+        "rounds": {"quorum": 1, "overlap_steps": "auto", "max_staleness": "auto"},
+    }
     for table, keys in measured.items():
         stated[table] |= keys
     stated["inner"]["warmup_tokens"] = 0
@@ -151,6 +154,8 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
         '[rounds]\noverlap_steps = 0\nalign = "blend"\nblend = 0.25',
         '[rounds]\nquorum = "all"\noverlap_steps = "auto"\nalign = "blend"',
         '[rounds]\noverlap_steps = "unbounded"',
+        '[rounds]\nmax_staleness = "auto"',
+        "[rounds]\nmax_staleness = 0",
         "[rounds]\noverlap_steps = 49",
         "[rounds]\nquorum = 3\ngrace_seconds = 0",
         "[rounds]\nquorum = 1\ngrace_seconds = 1.5",
@@ -220,6 +225,10 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         (
             "[rounds]\ngrace_seconds = nan",
             '[rounds] grace_seconds: got nan (a number); "auto" or seconds from 0 would do',
+        ),
+        (
+            "[rounds]\nmax_staleness = -1",
+            '[rounds] max_staleness: got -1 (a whole number); "auto" or versions, a whole number from 0 would do',
         ),
         (
             "[rounds]\noverlap_steps = -1",

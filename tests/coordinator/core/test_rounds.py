@@ -23,6 +23,7 @@ from coordinator.core.rounds import (
     closing,
     grace,
     share,
+    stalest,
     weights,
 )
 
@@ -44,6 +45,25 @@ def collected(policy: Policy, *arrivals: tuple[str, float]) -> OpenRound:
 
 
 # ---- quorum "all"
+
+
+@pytest.mark.parametrize(
+    ("bound", "quorum", "sites", "versions"),
+    [
+        (5, 1, 100, 5),  # a number is taken as it is
+        (0, None, 4, 0),
+        (None, None, 100, 8),  # a cycle of everybody is one version
+        (None, 1, 4, 32),
+        (None, 1, 100, 800),
+        (None, 3, 7, 24),
+        (None, 5, 2, 8),  # most of them are away
+        (None, None, 0, 8),
+    ],
+)
+def test_the_bound_on_staleness_is_eight_cycles_however_many_versions_one_has(
+    bound: int | None, quorum: int | None, sites: int, versions: int
+) -> None:
+    assert stalest(replace(ALL, max_staleness=bound, quorum=quorum), sites) == versions
 
 
 def test_an_empty_round_never_closes() -> None:
