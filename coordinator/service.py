@@ -175,7 +175,7 @@ class Coordinator:
     async def stop(self) -> None:
         """Lets the merges and writes that are under way finish, then closes everything."""
         self.publication.close()
-        self.workers.closing.set()
+        self.workers.stopping.set()
         if self._timekeeper is not None:
             self._timekeeper.cancel()
         while self._merges:

@@ -33,7 +33,7 @@ class Workers:
         self.screeners = ThreadPoolExecutor(2, "screen")
         self.chunks = ThreadPoolExecutor(os.cpu_count() or 1, "chunks")
         self.storage_fault: str | None = None
-        self.closing = asyncio.Event()
+        self.stopping = asyncio.Event()
         self.metrics = metrics
 
     async def on(self, pool: ThreadPoolExecutor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,19 +52,19 @@ class Workers:
     async def durably(
         self, pool: ThreadPoolExecutor, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """A write that must happen for the run to go on: tried again until the disk takes it, or `closing` is set; then
-        FaultError, and the next start does it."""
+        """A write that must happen for the run to go on: tried again until the disk takes it, or `stopping` is
+        set; then FaultError, and the next start does it."""
         pause = 0.5
         while True:
             try:
                 result = await self.on(pool, function, *args, **kwargs)
             except OSError as error:
                 self.storage_refusal(error)
-                if self.closing.is_set():
+                if self.stopping.is_set():
                     raise FaultError(f"{what} was not written: {error}; the next start does it") from error
                 log.error("%s cannot be written: %s; trying again in %.1f s", what, error, pause)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.closing.wait(), pause)
+                    await asyncio.wait_for(self.stopping.wait(), pause)
                 pause = min(30.0, pause * 2)
             else:
                 self.storage_fault = None

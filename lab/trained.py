@@ -28,8 +28,8 @@ from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
 from shared.wire import open_container
 from site_agent.contribution import Anchor, Parcel, encode
-from site_agent.core.alignment import align, carry
-from site_agent.core.site import How, Settings, Snapshot
+from site_agent.core.alignment import How, take_up
+from site_agent.core.site import Settings, Snapshot
 from site_agent.courier import DELTAS_PER_SNAPSHOT
 from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
@@ -62,10 +62,8 @@ class TrainedRun(VirtualRun):
     """`config` as a run.toml; the sites share the machine. `curve` holds about `evaluations` points and the end."""
 
     def __init__(self, config: RunConfig, base: Path, sites: Sequence[VirtualSite], evaluations: int = 20) -> None:
-        everyone = config.rounds.quorum == "all"
-        settings = Settings(config.rounds.overlap_steps, config.run.tokens, everyone)
         initial = initial_weights(config, base)
-        super().__init__(RunCore(plan_of(config, initial.sequence_tokens)), list(sites), settings)
+        super().__init__(RunCore(plan_of(config, initial.sequence_tokens)), list(sites), Settings.of(config))
         self.config = config
         self.curve: list[Point] = []
         self.bytes_up = self.bytes_down = 0
@@ -139,14 +137,8 @@ class TrainedRun(VirtualRun):
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
         anchor = body.arrivals.pop(p)
-        if how == "overwrite":
-            theta = anchor.flat
-        elif how == "rebase":
-            theta = carry(body.trainer.read(p), body.anchors[p].flat, anchor.flat)
-        else:
-            theta = align(rounds.align, body.trainer.read(p), body.snapshots[p], anchor.flat, rounds.blend)
-        body.trainer.write(p, theta)
-        body.snapshots.pop(p, None)
+        theta, old, snapshot = body.trainer.read(p), body.anchors[p].flat, body.snapshots.pop(p, None)
+        body.trainer.write(p, take_up(how, theta, old, snapshot, anchor.flat, rounds.align, rounds.blend))
         body.anchors[p] = anchor
 
     # -- the coordinator's tensors

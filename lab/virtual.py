@@ -23,7 +23,8 @@ from coordinator.core.rounds import Contribution
 from coordinator.core.run import CloseRound, Decision, Refusal, RunCore
 from shared.errors import FaultError
 from shared.protocol import Code
-from site_agent.core.site import Align, Done, How, Settings, SiteCore, Snapshot, Step, Wait
+from site_agent.core.alignment import How
+from site_agent.core.site import Align, Done, Settings, SiteCore, Snapshot, Step, Wait
 
 HEARTBEAT_SECONDS, READY_HEARTBEAT_SECONDS = 2.0, 0.25
 """As the agent's."""

@@ -30,7 +30,7 @@ from shared.protocol import Code, Evaluation, FragmentVersion, Joined, Orders, S
 from shared.task import BatchStream, Shard, build_model, load_task
 from site_agent import checkpoint
 from site_agent.contribution import Anchor, DivergedError, Parcel
-from site_agent.core.alignment import align, carry
+from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
 from site_agent.courier import (
     Accepted,
@@ -180,7 +180,7 @@ class Agent:
         self.courier.report = Report("ready", step_seconds=seconds)
         while not self._orders.started:
             self._take_in(self.courier.events.get())
-        self.settings = Settings(run.rounds.overlap_steps, run.run.tokens, run.rounds.quorum == "all")
+        self.settings = Settings.of(run)
         if saved is None:
             self._begin(anchors, seconds, joined.fragments)
         else:
@@ -337,17 +337,11 @@ class Agent:
             log.info("step %d: loss %.4f, %.3f s a step", core.steps, self._loss, core.tempo.step_seconds)
         self._save_if_due()
 
-    def _align(self, p: int, how: str) -> None:
+    def _align(self, p: int, how: How) -> None:
         """Takes up the arrived version of fragment `p`."""
         arrived, rounds = self.arrivals.pop(p), self.run_config.rounds
-        if how == "overwrite":
-            theta = arrived.flat
-        elif how == "rebase":
-            theta = carry(self.trainer.read(p), self.anchors[p].flat, arrived.flat)
-        else:
-            theta = align(rounds.align, self.trainer.read(p), self.snapshots[p], arrived.flat, rounds.blend)
-        self.trainer.write(p, theta)
-        self.snapshots.pop(p, None)
+        theta, anchor, snapshot = self.trainer.read(p), self.anchors[p].flat, self.snapshots.pop(p, None)
+        self.trainer.write(p, take_up(how, theta, anchor, snapshot, arrived.flat, rounds.align, rounds.blend))
         self.anchors[p] = arrived
         self.core.aligned(p)
         self.metrics.version.labels(p).set(arrived.version)
@@ -385,7 +379,7 @@ class Agent:
                     raise error
                 raise FaultError(f"the network side failed: {type(error).__name__}: {error}") from error
 
-    def _arrive(self, p: int, anchor: Anchor, how: Any) -> None:
+    def _arrive(self, p: int, anchor: Anchor, how: How) -> None:
         self.arrivals[p] = anchor
         self.core.arrived(p, anchor.version, anchor.tokens, how)
 

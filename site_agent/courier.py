@@ -26,7 +26,7 @@ from shared.fragments import F32, Fragment, Layout, digest_flat
 from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
 from shared.wire import blob_digest, open_container
 from site_agent.contribution import Anchor, Parcel, encode
-from site_agent.core.site import How
+from site_agent.core.alignment import How
 from site_agent.link import Credentials, Link, Refusal, backoff
 from site_agent.metrics import Metrics
 

@@ -110,7 +110,7 @@ class OpenRound:
         return sorted(self.contributions.values(), key=lambda c: (c.site, c.base_version, c.id))
 
 
-def closing(
+def reason_to_close(
     round_: OpenRound,
     training: Sequence[str],
     tempos: Mapping[str, Tempo],

@@ -13,14 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from coordinator.core import rounds
 from coordinator.core.claims import Claims
+from coordinator.core.evaluation import Evaluations
 from coordinator.core.membership import Membership, Report
 from coordinator.core.pacing import FASTEST, Pacer
 from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
-
-EVALUATIONS = 20
-"""How often a run's published weights are evaluated over its token budget."""
-EVALUATION_LEASE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,7 @@ class RunCore:
         self._accepted_at: dict[tuple[str, int], float] = {}
         self.started = False
         self.finished = False
-        self._evaluated = -1
-        self._evaluator: tuple[str, float] | None = None
-        self._asked: set[str] = set()
+        self._evaluations = Evaluations(plan.tokens)
 
     # -- what the journal restores
 
@@ -145,7 +140,8 @@ class RunCore:
         """
         for state, (version, tokens) in zip(self.fragments, versions, strict=True):
             state.version, state.tokens = version, tokens
-        self.roster, self.started, self._evaluated = set(roster), started, evaluated
+        self.roster, self.started = set(roster), started
+        self._evaluations = Evaluations(self.plan.tokens, evaluated)
         for contribution, merged in accepted:
             self._note(contribution)
             if not merged:
@@ -249,18 +245,8 @@ class RunCore:
         return [*gone, *self._close_due(now)]
 
     def evaluated(self, site: str, tokens: int) -> bool:
-        """Whether an evaluation of the weights at `tokens` merged tokens counts: it was asked of this site (whose lease
-        may have run out since), and is of weights that there are and that are newer than the last ones."""
-        if site not in self._asked:
-            return False
-        self._asked.remove(site)
-        if self._evaluator is not None and self._evaluator[0] == site:
-            self._evaluator = None
-        if not self._evaluated < tokens <= self.tokens:
-            # The initial weights, at 0 tokens, are above the −1 of a run that was never evaluated.
-            return False
-        self._evaluated = tokens
-        return True
+        """Whether a site's evaluation of the weights at `tokens` merged tokens counts."""
+        return self._evaluations.report(site, tokens, self.tokens)
 
     # -- questions
 
@@ -333,19 +319,13 @@ class RunCore:
 
     def take_evaluation(self, site: str, now: float) -> bool:
         """Whether this site should evaluate now; the lease goes to one site at a time that trains and is willing."""
-        step = 1 if self.finished else max(1, self.plan.tokens // EVALUATIONS)
-        due = self._evaluated < 0 or self.tokens >= self._evaluated + step
-        holder, until = self._evaluator or ("", now)
-        # At the end the holder may be told again: it asks once more before it leaves, and an order that crossed the end
-        # of its training was never read.
-        free = until <= now or holder not in self.members.live or (self.finished and holder == site)
         member = self.members.live.get(site)
         willing = member is not None and member.report.state == "training" and member.report.evaluates
-        if not (due and free and willing and self.started):
-            return False
-        self._evaluator = (site, now + EVALUATION_LEASE_SECONDS)
-        self._asked.add(site)
-        return True
+        return (
+            self.started
+            and willing
+            and self._evaluations.ask(site, self.tokens, self.members.live.keys(), now, self.finished)
+        )
 
     def credible(self, claimed: Contribution, now: float) -> Contribution:
         """The contribution with its counts bounded by what its site can have trained since its last one."""
@@ -408,7 +388,9 @@ class RunCore:
         for p, state in enumerate(self.fragments):
             if state.merging is not None:
                 continue
-            reason = rounds.closing(state.open, training, tempos, self.plan.policy, now, self._missing(p, cycles))
+            reason = rounds.reason_to_close(
+                state.open, training, tempos, self.plan.policy, now, self._missing(p, cycles)
+            )
             if self.complete(p) and state.open.contributions:
                 # Accepted while the last merge was under way: it was acknowledged, so it is merged as well.
                 reason = reason or "complete"

@@ -12,13 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shared.config import RunConfig
+from site_agent.core.alignment import How
 from site_agent.core.budget import Progress
 from site_agent.core.schedule import Cycle, next_cycle
 from site_agent.core.tempo import Tempo
-
-How = Literal["align", "rebase", "overwrite"]
-"""How to take up an arrived version: by the run's rule after an accepted contribution; with all progress since the
-old anchor, after a refused one; or dropping that progress, where it was delivered before a restart."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,10 @@ class Settings:
     overlap: Literal["auto", "unbounded"] | int
     budget: int
     everyone: bool = True
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Settings:
+        return cls(config.rounds.overlap_steps, config.run.tokens, config.rounds.quorum == "all")
 
 
 @dataclass

@@ -20,8 +20,8 @@ from coordinator.core.rounds import (
     Tempo,
     Weighting,
     closes_by,
-    closing,
     grace,
+    reason_to_close,
     share,
     stalest,
     weights,
@@ -68,27 +68,27 @@ def test_the_bound_on_staleness_is_eight_cycles_however_many_versions_one_has(
 
 def test_an_empty_round_never_closes() -> None:
     for policy in (ALL, TWO):
-        assert closing(OpenRound(), [], {}, policy, 1e9) is None
+        assert reason_to_close(OpenRound(), [], {}, policy, 1e9) is None
         assert closes_by(OpenRound(), {}, policy) is None
 
 
 def test_full_quorum_waits_for_every_site_that_trains() -> None:
     round_ = collected(ALL, ("a", 0.0))
-    assert closing(round_, ["a", "b"], {}, ALL, 1.0) is None
+    assert reason_to_close(round_, ["a", "b"], {}, ALL, 1.0) is None
     round_.add(contribution("b"), ALL, 2.0)
-    assert closing(round_, ["a", "b"], {}, ALL, 2.0) == "complete"
+    assert reason_to_close(round_, ["a", "b"], {}, ALL, 2.0) == "complete"
 
 
 def test_full_quorum_does_not_wait_for_sites_that_do_not_train() -> None:
-    assert closing(collected(ALL, ("a", 0.0)), ["a"], {}, ALL, 0.0) == "complete"
-    assert closing(collected(ALL, ("a", 0.0)), [], {}, ALL, 0.0) == "complete", "the one that sent has left"
+    assert reason_to_close(collected(ALL, ("a", 0.0)), ["a"], {}, ALL, 0.0) == "complete"
+    assert reason_to_close(collected(ALL, ("a", 0.0)), [], {}, ALL, 0.0) == "complete", "the one that sent has left"
 
 
 def test_a_full_quorum_round_closes_at_its_deadline_with_whoever_is_there() -> None:
     round_ = collected(ALL, ("a", 100.0))
     assert closes_by(round_, {}, ALL) == 700.0
-    assert closing(round_, ["a", "b"], {}, ALL, 699.9) is None
-    assert closing(round_, ["a", "b"], {}, ALL, 700.0) == "deadline"
+    assert reason_to_close(round_, ["a", "b"], {}, ALL, 699.9) is None
+    assert reason_to_close(round_, ["a", "b"], {}, ALL, 700.0) == "deadline"
 
 
 # ---- quorum K
@@ -98,28 +98,28 @@ def test_k_sites_close_a_round_after_the_stated_grace() -> None:
     policy = replace(TWO, grace_seconds=5.0)
     round_ = collected(policy, ("a", 0.0), ("b", 10.0))
     assert closes_by(round_, {}, policy) == 15.0
-    assert closing(round_, ["a", "b", "c"], {}, policy, 14.9) is None
-    assert closing(round_, ["a", "b", "c"], {}, policy, 15.0) == "quorum"
+    assert reason_to_close(round_, ["a", "b", "c"], {}, policy, 14.9) is None
+    assert reason_to_close(round_, ["a", "b", "c"], {}, policy, 15.0) == "quorum"
 
 
 def test_grace_ends_early_once_everyone_is_in() -> None:
     policy = replace(TWO, grace_seconds=5.0)
-    assert closing(collected(policy, ("a", 0.0), ("b", 10.0)), ["a", "b"], {}, policy, 10.0) == "complete"
+    assert reason_to_close(collected(policy, ("a", 0.0), ("b", 10.0)), ["a", "b"], {}, policy, 10.0) == "complete"
 
 
 def test_grace_does_not_outlast_the_deadline() -> None:
     policy = replace(TWO, grace_seconds=1e6)
     round_ = collected(policy, ("a", 0.0), ("b", 10.0))
     assert closes_by(round_, {}, policy) == 600.0
-    assert closing(round_, ["a", "b", "c"], {}, policy, 600.0) == "deadline"
+    assert reason_to_close(round_, ["a", "b", "c"], {}, policy, 600.0) == "deadline"
 
 
 def test_a_round_below_k_stays_open_past_its_deadline_and_closes_with_the_kth() -> None:
     round_ = collected(TWO, ("a", 0.0))
     assert closes_by(round_, {}, TWO) is None
-    assert closing(round_, ["a", "b"], {}, TWO, 1e6) is None
+    assert reason_to_close(round_, ["a", "b"], {}, TWO, 1e6) is None
     round_.add(contribution("b"), TWO, 1e6)
-    assert closing(round_, ["a", "b", "c"], {}, TWO, 1e6) == "deadline"
+    assert reason_to_close(round_, ["a", "b", "c"], {}, TWO, 1e6) == "deadline"
 
 
 def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
@@ -127,7 +127,7 @@ def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
     round_.add(contribution("a", 0), TWO, 0.0)
     round_.add(contribution("a", 1), TWO, 1.0)
     assert round_.quorum_at is None
-    assert closing(round_, ["a"], {}, TWO, 1e6) is None
+    assert reason_to_close(round_, ["a"], {}, TWO, 1e6) is None
 
 
 # ---- the measured grace window
@@ -155,7 +155,7 @@ def test_measured_grace_is_never_negative_and_zero_until_measured() -> None:
     round_ = collected(MEASURED, ("a", 0.0), ("b", 30.0))
     assert grace(round_, {"a": Tempo(overlap=10.0, sync=5.0)}, MEASURED) == 0.0
     assert grace(round_, {}, MEASURED) == 0.0
-    assert closing(round_, ["a", "b", "c"], {}, MEASURED, 30.0) == "quorum"
+    assert reason_to_close(round_, ["a", "b", "c"], {}, MEASURED, 30.0) == "quorum"
 
 
 @pytest.mark.parametrize(

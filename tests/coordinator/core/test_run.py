@@ -7,10 +7,10 @@ from itertools import permutations
 
 import pytest
 
+from coordinator.core.evaluation import EVALUATION_LEASE_SECONDS
 from coordinator.core.membership import Report
 from coordinator.core.rounds import SPARED, Contribution, Policy
 from coordinator.core.run import (
-    EVALUATION_LEASE_SECONDS,
     CloseRound,
     Decision,
     Enrol,
