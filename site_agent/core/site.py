@@ -60,7 +60,8 @@ Action = Step | Snapshot | Align | Wait | Done
 
 @dataclass
 class InFlight:
-    """A contribution on its way: local counts at its snapshot, and the version that will hold it, once known."""
+    """A contribution on its way: local counts at its snapshot, and the version that will hold it, once known.
+    `followed`: it was not due yet, and went to join a round that was about to close."""
 
     base_version: int
     step: int
@@ -69,6 +70,7 @@ class InFlight:
     steps: int
     taken_at: float
     holding: int | None = None
+    followed: bool = False
 
 
 @dataclass
@@ -160,6 +162,10 @@ class SiteCore:
                 continue
             if view.arrived is not None:
                 return Align(p, view.arrived.version, view.arrived.how)
+            if view.in_flight is not None and view.in_flight.followed:
+                # It has had its contribution of this cycle; what was trained since goes with the next one.
+                self.due.pop(0)
+                continue
             if view.in_flight is not None:
                 return self._wait(p)
             return self._snapshot(p)
@@ -183,10 +189,12 @@ class SiteCore:
         self._find_place()
 
     def snapshot_taken(self, action: Snapshot, now: float) -> None:
-        if action.fragment in self.due:
+        due = action.fragment in self.due
+        if due:
             self.due.remove(action.fragment)
+        followed = not due and any(p == action.fragment for p, _ in self.closing)
         self.fragments[action.fragment].in_flight = InFlight(
-            action.base_version, self.steps, self.tokens, action.tokens, action.steps, now
+            action.base_version, self.steps, self.tokens, action.tokens, action.steps, now, followed=followed
         )
 
     def aligned(self, fragment: int) -> None:

@@ -179,6 +179,23 @@ def test_sites_whose_speed_wanders_hardly_wait_and_still_meet() -> None:
     assert shares[None] < 0.95
 
 
+def test_sites_that_follow_meet_more_often_and_wait_no_longer() -> None:
+    runs = {}
+    for follow in (False, True):
+        sites = [VirtualSite(f"s{n}", step, 4.0, mood=0.3) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
+        runs[follow] = decoupled(sites, grace=10.0, tokens=4000, follow=follow)
+        runs[follow].run(limit=100_000)
+    met = {follow: [len(close.contributions) for _, close in run.closed] for follow, run in runs.items()}
+    assert statistics.mean(met[True]) > statistics.mean(met[False]) + 0.2
+    assert runs[True].now < 1.01 * runs[False].now
+    steps = {
+        follow: {c.steps for _, r in run.closed for c in r.contributions if c.site == "s0"}
+        for follow, run in runs.items()
+    }
+    assert steps[False] == {8, 16, 24, 32}, "its first cycle, which fragments share, and whole ones"
+    assert steps[True] - steps[False], "with the steps that it had"
+
+
 def test_a_site_that_joins_late_is_at_the_right_point_of_the_schedule() -> None:
     sites = [VirtualSite("a", 1.0, 1.0), VirtualSite("late", 1.0, 1.0, joins_at=500.0)]
     policy = Policy(1, None, DEADLINE, max_staleness=8, weighting="tokens")

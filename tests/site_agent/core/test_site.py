@@ -423,6 +423,25 @@ def test_a_site_follows_a_round_that_is_about_to_close_with_the_steps_that_it_ha
     assert core.next_action() == Step(), "one round is over, and the other is not from the version that it has"
 
 
+def test_a_fragment_that_has_followed_does_not_wait_when_it_is_due() -> None:
+    core = site("unbounded")
+    train(core, 2)
+    core.closing = [(0, 1)]
+    take(core)
+    train(core, 1)  # fragment 0 is due, and its version is still to come
+    train(core, 3)
+    take(core)
+    train(core, 2)
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 1)
+    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=70, steps=7), "all that it trained since"
+    train(core, 2)
+    assert core.next_action() == Step()
+    core.stepped(TOKENS, 1.0)
+    assert core.next_action() == Wait(1), "the other one was due, and has waited for a cycle"
+
+
 def test_a_site_does_not_follow_with_nothing() -> None:
     core = site("unbounded")
     core.closing = [(1, 1)]
