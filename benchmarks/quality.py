@@ -6,7 +6,8 @@ imagined. Speeds are inner steps per virtual second, relative to the fastest; a 
 `virtual_seconds` is what the run would have taken in the world, `seconds` what it took here. One setting runs as real
 processes over HTTP as well (`diloco-m4-processes`), and must end in the very weights of its double in virtual time.
 
-    python -m benchmarks.quality --json FILE [--plot FILE.png] [--tokens N] [--seeds N] [--only NAME,…] [--quick]
+    python -m benchmarks.quality --json FILE [--plot FILE.png] [--markdown FILE.md]
+                                 [--tokens N] [--seeds N] [--only NAME,…] [--quick]
 
 Rows that FILE has already (same setting with the same config, seed and tokens) are kept, so that a long measurement can
 be continued; how many of them are from other sources is said below the table.
@@ -29,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks import processes
 from benchmarks.machine import arguments, copy_bytes_per_second, machine
-from benchmarks.quality_report import plot, show
+from benchmarks.quality_report import plot, tables, write_markdown
 from lab import data_parallel
 from lab.corpus import shakespeare
 from lab.trained import TrainedRun
@@ -331,6 +333,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="settings, separated by commas")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as a page")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     tokens, seeds = (QUICK_TOKENS, 1) if options.quick else (options.tokens, options.seeds)
@@ -352,11 +355,15 @@ def main() -> None:
             print(f"{row['setting']} seed {row['seed']}: {row['eval_loss']:.4f} in {row['seconds']:.0f} s", flush=True)
     said: list[str] = []
     if rows:
-        show(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, PAIRS)
+        shown = tables(rows, {setting.name: setting.note for setting in SETTINGS}, DEFAULT, BASE, PAIRS)
+        for one in shown:
+            Console(width=180).print(one, end="\n\n")
         said = _agreement(rows)
         print("\n".join(said))
         if older := sum(row.get("code") != code_digest() for row in rows):
             print(f"{older} of {len(rows)} rows were measured with other sources than these; without FILE all are new")
+        if options.markdown is not None:
+            write_markdown("Quality", shown, said, options.markdown)
     if options.plot is not None:
         # A run in real processes is its double in virtual time; its own seconds are those of this machine.
         order = [setting.name for setting in SETTINGS if not setting.double]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +66,7 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
         "sites",
         "cosine",
         "MB up",
+        "MB down",
         "",
     )
     for heading in headings:
@@ -86,19 +90,43 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
             _optional(mine, "virtual_seconds", ",.0f"),
             _optional(mine, "sites_per_round", ".2f"),
             _optional(mine, "cosine", "+.2f"),
-            _optional(mine, "bytes_up", ".1f", 1e-6),
+            _optional(mine, "bytes_up", ".0f", 1e-6),
+            _optional(mine, "bytes_down", ".0f", 1e-6),
             note,
         )
     shown.caption = "\n".join(_in_time(rows, fast, slow) for fast, slow in pairs) or None
     return shown
 
 
-def show(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, pairs: Pairs) -> None:
-    """Prints the table of each token budget."""
-    for budget in sorted({row["budget"] for row in rows}):
-        Console(width=180).print(
-            table([row for row in rows if row["budget"] == budget], notes, default, base, pairs), end="\n\n"
-        )
+def tables(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str, pairs: Pairs) -> list[Table]:
+    """The table of each token budget."""
+    budgets = sorted({row["budget"] for row in rows})
+    return [table([row for row in rows if row["budget"] == budget], notes, default, base, pairs) for budget in budgets]
+
+
+def write_markdown(heading: str, shown: Sequence[Table], sentences: Sequence[str], file: Path) -> None:
+    """The tables and what is said below them as a page."""
+    page = [f"# {heading}"]
+    for one in shown:
+        console = Console(file=io.StringIO(), width=400)
+        with console.capture() as captured:
+            console.print(_plain(one))
+        said = [f"- {sentence}" for sentence in str(one.caption or "").splitlines()]
+        page += [f"## {one.title}", _without_margins(captured.get()), "\n".join(said)]
+    page += ["\n".join(f"- {sentence}" for sentence in sentences)]
+    file.write_text("\n\n".join(part for part in page if part) + "\n", encoding="utf-8")
+
+
+def _plain(shown: Table) -> Table:
+    """The same table as Markdown draws it, without title and caption."""
+    plain = copy.copy(shown)
+    plain.title = plain.caption = None
+    plain.box = box.MARKDOWN
+    return plain
+
+
+def _without_margins(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _in_time(rows: Sequence[Row], fast: str, slow: str) -> str:
@@ -109,9 +137,11 @@ def _in_time(rows: Sequence[Row], fast: str, slow: str) -> str:
     if not found:
         return f"{fast} beside {slow}: not measured"
     least, median = min(lead[0] for lead in found), statistics.mean(lead[1] for lead in found)
+    together = sooner(*(mean_curve([row for row in rows if row["setting"] == name]) for name in (fast, slow)))
+    on_means = f"; their means over seeds: at least {together[0]:.2f}, median {together[1]:.2f}" if together else ""
     return (
         f"{fast} gets to any loss at least {least:.2f} times as soon as {slow}, in each of {len(found)} seeds "
-        f"(median {median:.2f})"
+        f"(median {median:.2f}){on_means}"
     )
 
 

@@ -61,23 +61,8 @@ steps = 16
 batch_size = 16
 schedule = "cosine"
 warmup_tokens = {warmup}
-
-[outer]
-optimizer = "nesterov"
-lr = 0.8
-momentum = 0.5
-
-[rounds]
-fragments = 4
-quorum = 1
-overlap_steps = "auto"
-align = "carry"
-pacing = "equal-time"
-
-[wire]
-upload = "int4"
-publish = "int8"
 """
+"""[outer], [rounds] and [wire] are what they are by default."""
 
 LAST_MERGES = 50
 """How often the status is asked for, a fifth of a second apart, once the sites have ended."""
