@@ -116,6 +116,7 @@ SETTINGS = [
     Setting("diloco-m1", "one site; η 0.7, μ 0.9, fp32, τ = 0", _with(FULL, PAPER, FP32), (1.0,)),
     Setting("diloco-m2", "two even sites, full quorum, the same", _with(FULL, PAPER, FP32), (1.0, 1.0)),
     Setting("diloco-m4", "four even sites, full quorum, the same", _with(FULL, PAPER, FP32), EVEN),
+    Setting("diloco-m4-by-play", "the same, each site its own plays", _with(FULL, PAPER, FP32, BY_PLAY), EVEN),
     Setting("diloco-m4-processes", "as real processes over HTTP", _with(FULL, PAPER, FP32), EVEN, double="diloco-m4"),
     Setting("diloco-m4-short", "four even sites, our η and μ, fp32", _with(FULL, FP32), EVEN),
     Setting("streaming", "the same with τ of a round trip, carry", _with(STREAMING, FP32), EVEN),
@@ -124,7 +125,9 @@ SETTINGS = [
     Setting("paced-full-quorum", "8:4:2:1, DyLU, τ by time", PACED),
     Setting("naive-async", "8:4:2:1, each arrival a whole Nesterov step", NAIVE),
     Setting("naive-async-gentle", "the same with our η and μ", _with(NAIVE, OURS)),
+    Setting("naive-async-rate-3", "naive async, lr 3e-3", _with(NAIVE, _rate(3e-3))),
     Setting("delayed-nesterov", "8:4:2:1, Delayed Nesterov and DyLU", DELAYED),
+    Setting("delayed-nesterov-rate-3", "the same, lr 3e-3", _with(DELAYED, _rate(3e-3))),
     Setting(DEFAULT, "8:4:2:1, the defaults of run.toml"),
     Setting("decoupled-rate-3", "the same, lr 3e-3", _rate(3e-3)),
     Setting("decoupled-rate-6", "the same, lr 6e-3", _rate(6e-3)),
@@ -152,6 +155,8 @@ SETTINGS = [
     Setting("naive-async-even", "1:1:1:1, each arrival a whole step", NAIVE, EVEN),
     Setting("delayed-nesterov-even", "1:1:1:1, Delayed Nesterov", DELAYED, EVEN),
     Setting("decoupled-even", "1:1:1:1, the defaults", {}, EVEN),
+    Setting("decoupled-rda-even", "the same with RDA", RDA, EVEN),
+    Setting("heloco-even", "1:1:1:1, with HeLoCo's correction", HELOCO, EVEN),
     Setting("decoupled-even-by-play", "1:1:1:1, each site its own plays", BY_PLAY, EVEN),
     Setting("naive-async-by-play", "each arrival a whole step, each site its own plays", _with(NAIVE, BY_PLAY)),
     Setting("paced-by-play", "full quorum, DyLU, each site its own plays", _with(PACED, BY_PLAY)),
@@ -329,7 +334,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main() -> None:
     """Measures what is missing, prints the table, and writes the JSON and the plot."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="settings, separated by commas")
     parser.add_argument("--plot", type=Path, metavar="FILE")
@@ -359,9 +364,11 @@ def main() -> None:
         for one in shown:
             Console(width=180).print(one, end="\n\n")
         said = _agreement(rows)
-        print("\n".join(said))
         if older := sum(row.get("code") != code_digest() for row in rows):
-            print(f"{older} of {len(rows)} rows were measured with other sources than these; without FILE all are new")
+            said.append(
+                f"{older} of {len(rows)} rows were measured with earlier sources than these; without FILE all are new"
+            )
+        print("\n".join(said))
         if options.markdown is not None:
             write_markdown("Quality", shown, said, options.markdown)
     if options.plot is not None:

@@ -157,7 +157,7 @@ def _show(status: dict[str, Any]) -> None:
         train_loss = "–" if site["loss"] is None else f"{site['loss']:.4f}"
         sites.add_row(
             site["name"],
-            site["state"],
+            "stalled" if site["stalled"] else site["state"],
             f"{site['steps']:,}",
             f"{site['tokens']:,}",
             f"{site['step_seconds']:.3f}" if site["step_seconds"] else "–",

@@ -150,7 +150,7 @@ class Intake:
         if contribution != claimed:
             self._metrics.bounded.labels(opening.site, "tokens").inc()
             log.warning(
-                "site %s claims %d tokens in %d steps, which is not believable; counted as %d in %d",
+                "site %s claims %d tokens in %d steps, more than is believed; counted as %d in %d",
                 *(opening.site, claimed.tokens, claimed.steps, contribution.tokens, contribution.steps),
             )
         await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)

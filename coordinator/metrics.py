@@ -53,6 +53,9 @@ class Metrics:
         self.bytes_out = Counter("isthmus_bytes_out", "Response body bytes", ["site"], registry=r)
         self.live_sites = Gauge("isthmus_live_sites", "Sites that hold a lease", registry=r)
         self.training_sites = Gauge("isthmus_training_sites", "Sites that take part in rounds", registry=r)
+        self.stalled_sites = Gauge(
+            "isthmus_stalled_sites", "Sites that are alive and have sent nothing for long", registry=r
+        )
         self.leases_lost = Counter("isthmus_leases_lost", "Leases that ran out", ["site"], registry=r)
         self.site_steps = Gauge("isthmus_site_inner_steps", "Inner steps, as reported", ["site"], registry=r)
         self.site_step_seconds = Gauge("isthmus_site_step_seconds", "Median inner step", ["site"], registry=r)
@@ -77,6 +80,7 @@ class Metrics:
             self.open_contributions.labels(p).set(len(state.open.contributions))
         self.live_sites.set(len(core.members.live))
         self.training_sites.set(len(core.members.in_state("training")))
+        self.stalled_sites.set(len(core.stalled()))
         self.tokens.set(core.tokens)
         self.tokens_budget.set(core.plan.tokens)
         self.finished.set(int(core.finished))

@@ -135,6 +135,7 @@ class Coordinator:
         self._timekeeper: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._absurd: set[tuple[str, str]] = set()
+        self._stalled: set[str] = set()
         self._joined = {site.name for site in self.reader.sites()}
 
     # -- life
@@ -231,16 +232,16 @@ class Coordinator:
         """Renews the site's lease, takes its report, and answers with its orders."""
         self.check_run(message.run)
         report = Report(
-            message.state,
-            message.steps,
-            message.tokens,
-            message.step_seconds,
-            message.overlap_seconds,
-            message.sync_seconds,
-            message.training_share,
-            message.loss,
-            message.repairs,
-            message.evaluates,
+            state=message.state,
+            steps=message.steps,
+            tokens=message.tokens,
+            step_seconds=message.step_seconds,
+            overlap_seconds=message.overlap_seconds,
+            sync_seconds=message.sync_seconds,
+            training_share=message.training_share,
+            loss=message.loss,
+            repairs=message.repairs,
+            evaluates=message.evaluates,
         )
         await self._carry_out(_allowed(self.core.heartbeat(site, message.session, report, self.clock())))
         self._note_absurd_reports()
@@ -258,6 +259,15 @@ class Coordinator:
             said = f"{report.step_seconds:g} s a step" if what == "speed" else f"{report.overlap_seconds:g} s to spare"
             log.warning("site %s reports %s, too far from the others; bounded", site, said)
         self._absurd = absurd
+
+    def _note_stalled(self) -> None:
+        """Names a site that has gone silent, once until it sends something again."""
+        stalled = set(self.core.stalled())
+        for site in sorted(stalled - self._stalled):
+            log.warning(
+                "site %s is alive and has sent nothing for long; rounds do not count with it until it does", site
+            )
+        self._stalled = stalled
 
     async def leave(self, site: str, run: str, session: str) -> None:
         """A clean leave: rounds no longer wait for this site."""
@@ -323,6 +333,7 @@ class Coordinator:
                 case FinishRun():
                     log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
                     await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all)
+        self._note_stalled()
         self.metrics.show_core(self.core)
         self._news.set()
 

@@ -84,7 +84,7 @@ class _Orders:
     started: bool
     finished: bool
     pace: float | None
-    peers: float
+    peers: float | None
     tokens: int
     awaited: list[tuple[int, int]]
     closing: list[tuple[int, int]]
@@ -101,7 +101,7 @@ class VirtualRun:
         self.refused: Counter[Code] = Counter()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._followers: list[tuple[VirtualSite, int, int, How]] = []
+        self._waiting: list[tuple[VirtualSite, int, int, How]] = []
         self._tick: float | None = None
         for site in sites:
             self._at(site.joins_at, _bound(self._join, site))
@@ -166,15 +166,15 @@ class VirtualRun:
     def _published(self, close: CloseRound) -> None:
         tokens = sum(contribution.tokens for contribution in close.contributions)
         self._carry_out(self.core.published(close.fragment, close.version, tokens, self.now))
-        waiting, self._followers = self._followers, []
+        waiting, self._waiting = self._waiting, []
         for site, fragment, version, how in waiting:
-            self._follow(site, fragment, version, how)
+            self._bring(site, fragment, version, how)
 
-    def _follow(self, site: VirtualSite, fragment: int, version: int, how: How) -> None:
+    def _bring(self, site: VirtualSite, fragment: int, version: int, how: How) -> None:
         """Sends `version` (or the newer one that is out) as soon as it is out."""
         state = self.core.fragments[fragment]
         if state.version < version:
-            self._followers.append((site, fragment, version, how))
+            self._waiting.append((site, fragment, version, how))
             return
         newest, tokens = state.version, state.tokens
         self.arrive(site, fragment, newest)
@@ -245,7 +245,7 @@ class VirtualRun:
     def _start(self, site: VirtualSite, orders: _Orders) -> None:
         versions = [(fragment.version, fragment.tokens) for fragment in self.core.fragments]
         pace = orders.pace or float(self.core.plan.steps)
-        site.core = SiteCore.begin(self.settings, versions, pace, orders.peers)
+        site.core = SiteCore.begin(self.settings, versions, pace, orders.peers or 1.0)
         site.core.tempo.stepped(site.step_seconds)
         site.core.told(orders.tokens, orders.peers)
         site.began = self.now
@@ -302,7 +302,7 @@ class VirtualRun:
             if verdict.code not in (Code.RUN_FINISHED, Code.TOO_STALE):
                 raise FaultError(f"site {site.name} was refused: {verdict.detail}")
             finished = verdict.code is Code.RUN_FINISHED
-            self._follow(site, p, state.merging or state.version, "overwrite" if finished else "rebase")
+            self._bring(site, p, state.merging or state.version, "overwrite" if finished else "rebase")
             return
         claimed = Contribution(id_, site.name, p, action.base_version, action.tokens, action.steps)
         contribution = self.core.credible(claimed, self.now)
@@ -315,7 +315,7 @@ class VirtualRun:
                 site.running.accepted(p, version, self.now)
 
         self._at(self.now + site.link_seconds, accepted)
-        self._follow(site, p, version, "align")
+        self._bring(site, p, version, "align")
         self._carry_out(decisions)
 
     def _at(self, when: float, event: Callable[[], None]) -> None:

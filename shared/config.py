@@ -15,6 +15,7 @@ reasons stand in docs/configuration.md.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -35,6 +36,8 @@ from shared.errors import ConfigError
 UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 RECEIVED = "received"
+MOST = 10**6
+"""No count that is not one of tokens is larger: it must fit everything that it goes through."""
 SITE_NAME = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
 
 
@@ -62,18 +65,18 @@ class TaskTable(BaseModel):
 
 class InnerTable(_Table):
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="a number above 0")
-    steps: int = Field(50, ge=1, le=10**6, description="H, a whole number from 1")
-    batch_size: int = Field(16, ge=1, le=10**6, description="sequences per inner step, a whole number from 1")
+    lr: float = Field(1e-3, gt=0, le=1e6, description="a number above 0")
+    steps: int = Field(50, ge=1, le=MOST, description="H, a whole number from 1")
+    batch_size: int = Field(16, ge=1, le=MOST, description="sequences per inner step, a whole number from 1")
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    warmup_tokens: int = Field(0, ge=0, description="a whole number from 0")
-    clip_norm: float = Field(1.0, ge=0, description="a number from 0; 0: off")
-    weight_decay: float = Field(0.1, ge=0, description="a number from 0")
+    warmup_tokens: int = Field(0, ge=0, le=10**15, description="a whole number from 0")
+    clip_norm: float = Field(1.0, ge=0, le=1e9, description="a number from 0; 0: off")
+    weight_decay: float = Field(0.1, ge=0, le=1e9, description="a number from 0")
 
 
 class OuterTable(_Table):
     optimizer: Literal["nesterov", "sgd", "delayed-nesterov", "adam"] = "nesterov"
-    lr: float = Field(1.0, gt=0, description="a number above 0")
+    lr: float = Field(1.0, gt=0, le=1e6, description="a number above 0")
     momentum: float = Field(0.5, ge=0, lt=1, description="a number from 0 to below 1")
     merge: Literal["mean", "rda"] = "mean"
     correction: Literal["none", "heloco"] = "none"
@@ -88,8 +91,8 @@ class OuterTable(_Table):
     @field_validator("period")
     @classmethod
     def _period(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("below 1")
+        if isinstance(value, int) and not 1 <= value <= MOST:
+            raise ValueError("out of range")
         return value
 
 
@@ -120,15 +123,15 @@ class RoundsTable(_Table):
     @field_validator("quorum")
     @classmethod
     def _quorum(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("below 1")
+        if isinstance(value, int) and not 1 <= value <= MOST:
+            raise ValueError("out of range")
         return value
 
     @field_validator("max_staleness")
     @classmethod
     def _max_staleness(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and not 0 <= value <= 10**6:
-            raise ValueError("not from 0 to a million")
+        if isinstance(value, int) and not 0 <= value <= MOST:
+            raise ValueError("out of range")
         return value
 
     @field_validator("grace_seconds")
@@ -141,8 +144,8 @@ class RoundsTable(_Table):
     @field_validator("overlap_steps")
     @classmethod
     def _overlap(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 0:
-            raise ValueError("below 0")
+        if isinstance(value, int) and not 0 <= value <= MOST:
+            raise ValueError("out of range")
         return value
 
 
@@ -156,9 +159,9 @@ class WireTable(_Table):
 class StoreTable(_Table):
     """How much history the coordinator keeps, in outer steps of each fragment."""
 
-    checkpoint_versions: int = Field(16, ge=1, description="outer steps of a fragment between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept of each fragment, from 1")
-    keep_versions: int = Field(32, ge=1, description="published deltas kept of each fragment, from 1")
+    checkpoint_versions: int = Field(16, ge=1, le=MOST, description="outer steps of a fragment between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="checkpoints kept of each fragment, from 1")
+    keep_versions: int = Field(32, ge=1, le=MOST, description="published deltas kept of each fragment, from 1")
 
 
 class RunConfig(_Table):
@@ -206,6 +209,14 @@ class RunConfig(_Table):
                 f"[rounds] quorum = {rounds.quorum} cannot be met by [run] min_sites = {self.run.min_sites}: "
                 "raise min_sites or lower quorum"
             )
+        if rounds.max_staleness != "auto" and rounds.quorum != "all":
+            versions = math.ceil(self.run.min_sites / rounds.quorum)
+            if rounds.max_staleness < versions - 1:
+                raise ValueError(
+                    f"[rounds] max_staleness = {rounds.max_staleness} refuses sites that are in time: a cycle of "
+                    f"[run] min_sites = {self.run.min_sites} has up to {versions} versions with "
+                    f'quorum = {rounds.quorum}; use "auto" or at least {versions - 1}'
+                )
         return self
 
 

@@ -104,13 +104,14 @@ class AwaitedRound(Message):
 class Orders(Message):
     """What the coordinator wants of a site from now on; part of every answer on the control connection.
 
-    `peers`: inner steps of the run for each one of this site. `pace` None: as it was. `awaited`: rounds that wait for
-    this site while it may be waiting itself; `closing`: rounds that have their quorum without it and close soon.
+    `peers`: inner steps of the run for each one of this site. `pace` or `peers` None: as it was. `awaited`: rounds that
+    wait for this site while it may be waiting itself; `closing`: rounds that have their quorum without it and close
+    soon.
     """
 
     started: bool
     finished: bool
-    peers: Annotated[float, Field(ge=1, le=1e7, allow_inf_nan=False)]
+    peers: Annotated[float, Field(ge=1, le=1e7, allow_inf_nan=False)] | None
     pace: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None
     shard: ShardMessage
     tokens: Count

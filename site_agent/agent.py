@@ -207,7 +207,7 @@ class Agent:
             self.trainer.write(p, anchor.flat)
         versions = [(anchor.version, anchor.tokens) for anchor in anchors]
         pace = self._orders.pace or float(self.run_config.inner.steps)
-        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers)
+        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers or 1.0)
         self.core.tempo.stepped(step_seconds)
         self.core.told(self._orders.tokens, self._orders.peers)
         self.snapshots: dict[int, F32] = {}
@@ -226,7 +226,7 @@ class Agent:
         self.core.fragments[p].in_flight = InFlight(
             contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
         )
-        self.courier.follow(p, newest, contributed + 1)
+        self.courier.await_version(p, newest, contributed + 1)
 
     def _resume(
         self,
@@ -272,7 +272,7 @@ class Agent:
             self.courier.count_repair()
         if sound and flight is not None and contributed <= flight.base_version:
             if flight.holding is not None:
-                self.courier.follow(p, anchor, flight.holding)
+                self.courier.await_version(p, anchor, flight.holding)
             else:
                 self.courier.send(self._parcel(p, flight.tokens, flight.steps))
             return
@@ -363,6 +363,9 @@ class Agent:
         match event:
             case Accepted(p, version, residual):
                 self.core.accepted(p, version, self._clock())
+                # Without error feedback there is none: what a run had of it before its config was changed has just
+                # been sent, once.
+                self.residuals.pop(p, None)
                 if residual is not None:
                     self.residuals[p] = residual
             case ArrivedAnchor(p, anchor, how):
@@ -401,14 +404,14 @@ class Agent:
 
     def _evaluate_if_ordered(self) -> None:
         if self._orders.evaluate and (self._evaluating is None or self._evaluating.done()):
-            self._evaluating = _told(self._begin_evaluation)()
+            self._evaluating = _logged(self._begin_evaluation)()
 
     def _evaluate_the_end(self) -> None:
         """The finished run's weights are evaluated by the site that asks first; the others need not wait for it."""
         if self._evaluating is not None:
             self._evaluating.result()
         orders = self.courier.ask_orders()
-        evaluating = _told(self._begin_evaluation)() if orders is not None and orders.evaluate else None
+        evaluating = _logged(self._begin_evaluation)() if orders is not None and orders.evaluate else None
         if evaluating is not None:
             evaluating.result()
 
@@ -439,7 +442,7 @@ class Agent:
     def _begin_evaluation(self) -> Future[None]:
         # Copied here, between steps, so that its buffers are of one moment.
         model = copy.deepcopy(self.trainer.model)
-        return self._evaluator.submit(_told(self._evaluate), model, list(self.anchors))
+        return self._evaluator.submit(_logged(self._evaluate), model, list(self.anchors))
 
     def _evaluate(self, model: nn.Module, anchors: list[Anchor]) -> None:
         """The held-out loss of the published weights, which are written into `model`."""
@@ -461,7 +464,7 @@ class Agent:
         if self._saving is not None and not self._saving.done():
             return
         tensors, manifest = self._state()
-        self._saving = self._saver.submit(_told(checkpoint.save), self._directory, self.core.steps, tensors, manifest)
+        self._saving = self._saver.submit(_logged(checkpoint.save), self._directory, self.core.steps, tensors, manifest)
 
     def _save_before_leaving(self) -> None:
         if not self._training:
@@ -494,7 +497,7 @@ class Agent:
         return tensors, json.loads(json.dumps(manifest))
 
 
-def _told(work: Callable[..., T]) -> Callable[..., T | None]:
+def _logged(work: Callable[..., T]) -> Callable[..., T | None]:
     """Work on the side, whose failure is logged: training goes on without it."""
 
     def run(*args: Any) -> T | None:

@@ -42,7 +42,7 @@ SNAPSHOT_TRIES = 8
 
 @dataclass(frozen=True)
 class Accepted:
-    """The coordinator has the contribution; `residual` is the error feedback from now on (None: unchanged)."""
+    """The coordinator has the contribution; `residual` is the error feedback from now on (None: there is none)."""
 
     fragment: int
     version: int
@@ -131,7 +131,7 @@ class Courier:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
         self._start(lambda: self._deliver(parcel))
 
-    def follow(self, fragment: int, anchor: Anchor, version: int) -> None:
+    def await_version(self, fragment: int, anchor: Anchor, version: int) -> None:
         """Brings the version that holds a contribution which was accepted before a restart."""
         self._start(lambda: self._bring(fragment, anchor, version, "align"))
 
@@ -306,6 +306,8 @@ class Courier:
                     case Code.WRONG_DIGEST:
                         log.warning("a contribution was damaged on its way; sending it again")
                     case Code.ALREADY_CONTRIBUTED:
+                        # Another encoding of this cycle was accepted, by this site before it lost its memory: what that
+                        # one left out is not known.
                         version, residual = max(base + 1, newest), None
                         break
                     case Code.RUN_FINISHED:

@@ -120,13 +120,13 @@ class Api:
     async def open_upload(self, request: web.Request) -> web.Response:
         site = self._site(request)
         limit = INLINE_BYTES + MESSAGE_BYTES
-        message = unpack(OpenUpload, await self._body(request, site, limit), limit)
+        message = unpack(OpenUpload, await self._body(request, site, limit, uploads=True), limit)
         self._coordinator.check_run(message.run)
         return _message(await self._coordinator.intake.open(site, message))
 
     async def put_part(self, request: web.Request) -> web.Response:
         site = self._site(request)
-        pieces = self._pieces(request, site, PART_BYTES)
+        pieces = self._pieces(request, site, PART_BYTES, uploads=True)
         await self._coordinator.intake.put_part(site, request.match_info["id"], int(request.match_info["part"]), pieces)
         return web.Response(status=204)
 
@@ -213,12 +213,14 @@ class Api:
         if (run := request.query.get("run")) is not None:
             self._coordinator.check_run(run)
 
-    async def _body(self, request: web.Request, site: str, limit: int) -> bytes:
+    async def _body(self, request: web.Request, site: str, limit: int, *, uploads: bool = False) -> bytes:
         """The whole body, bounded."""
-        return b"".join([piece async for piece in self._pieces(request, site, limit)])
+        return b"".join([piece async for piece in self._pieces(request, site, limit, uploads=uploads)])
 
-    async def _pieces(self, request: web.Request, site: str, limit: int) -> AsyncIterator[bytes]:
-        """The body as it comes in, bounded; every piece renews the site's lease."""
+    async def _pieces(
+        self, request: web.Request, site: str, limit: int, *, uploads: bool = False
+    ) -> AsyncIterator[bytes]:
+        """The body as it comes in, bounded; every piece renews the site's lease. `uploads`: it is of a contribution."""
         if (request.content_length or 0) > limit:
             raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
         counter, core, read = self._coordinator.metrics.bytes_in, self._coordinator.core, 0
@@ -227,7 +229,7 @@ class Api:
                 read += len(piece)
                 if read > limit:
                     raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
-                core.bytes_arrived(site, self._coordinator.clock())
+                core.bytes_arrived(site, self._coordinator.clock(), uploads=uploads)
                 if site in core.roster:
                     counter.labels(site).inc(len(piece))
                 yield piece

@@ -76,6 +76,7 @@ def _site(c: Coordinator, name: str, now: float) -> dict[str, Any]:
         "name": name,
         "live": member is not None,
         "state": report.state if member else "away",
+        "stalled": member.stalled if member else False,
         "lease_seconds": round(member.lease_until - now, 1) if member else None,
         "steps": report.steps,
         "tokens": report.tokens,

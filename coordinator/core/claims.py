@@ -37,13 +37,11 @@ class Claims:
     _cycles: dict[str, int] = field(default_factory=dict)
     _credit: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
-    def credible(self, claimed: Contribution, now: float = 0.0, fastest: float | None = None) -> Contribution:
-        """The contribution with its counts bounded by its site's credit, which is full at first. `fastest`: the inner
-        steps per second of the fastest site; None where nobody can tell."""
+    def credible(self, claimed: Contribution, now: float, fastest: float | None) -> Contribution:
+        """The contribution with its counts bounded by its site's credit, which is full at first; without steps there
+        are no tokens. `fastest`: the inner steps per second of the fastest site; None where nobody can tell."""
         steps = min(claimed.steps, math.floor(self._credit_of(claimed, now, fastest)))
-        return replace(
-            claimed, steps=steps, tokens=min(claimed.tokens, int(max(1, steps) * self._most_tokens(claimed.site)))
-        )
+        return replace(claimed, steps=steps, tokens=min(claimed.tokens, int(steps * self._most_tokens(claimed.site))))
 
     def spend(self, believed: Contribution, now: float, fastest: float | None) -> None:
         """Takes an accepted contribution from its site's credit. What an upload was late by is credit still, and what

@@ -34,13 +34,15 @@ class Report:
 
 @dataclass
 class Member:
-    """A live site. `report` is its newest heartbeat, `seen` the time of its last sign of life."""
+    """A live site. `report` is its newest heartbeat, `seen` the time of its last sign of life; `stalled`: it should
+    have contributed long ago."""
 
     site: str
     session: str
     lease_until: float
     report: Report
     seen: float
+    stalled: bool = False
 
 
 class Membership:

@@ -57,20 +57,21 @@ class Pacer:
         self._steps, self._equal_time, self._everyone = steps, equal_time, everyone
 
     def speeds(self) -> dict[str, float]:
-        """Inner steps per second of the sites that have measured theirs."""
+        """Inner steps per second of the sites that have measured theirs, and deliver what they train."""
         measured = self._members.in_state("ready", "training")
         return {
             member.site: 1.0 / min(max(member.report.step_seconds, LEAST_STEP), 1 / LEAST_STEP)
             for member in measured
-            if member.report.step_seconds > 0
+            if member.report.step_seconds > 0 and not member.stalled
         }
 
     def fastest(self) -> float | None:
-        """The largest believable speed, in inner steps per second; None where none has been measured, or where of two
-        nobody can tell which one is right."""
+        """The largest speed, as far as it is believable, in inner steps per second; None where none has been measured,
+        or where of two nobody can tell which one is right."""
         speeds = self.speeds()
-        honest = believable(speeds)
-        return None if len(honest) < len(speeds) == 2 else max(honest.values(), default=None)
+        if not speeds or len(believable(speeds)) < len(speeds) == 2:
+            return None
+        return min(max(speeds.values()), speed_bound(speeds))
 
     def absurd(self) -> list[str]:
         """The sites whose reported speeds are too far apart to be believed: those that pacing bounds. Of two, both,
@@ -100,10 +101,13 @@ class Pacer:
         speeds, paces_ = self.speeds(), self.paces() or {}
         return {site: paces_[site] / speed for site, speed in speeds.items() if site in paces_}
 
-    def peers(self, site: str) -> float:
-        """How many inner steps the run takes for each one of this site, at the paces of now; at least 1."""
+    def peers(self, site: str) -> float | None:
+        """How many inner steps the run takes for each one of this site, at the paces of now; at least 1. None: as it
+        was."""
+        if (taken := self.paces()) is None:
+            return None
         # Where rounds wait for everyone all take their pace; where they do not, each trains as fast as it can.
-        rates = (self.paces() or {}) if self._everyone else paces(self.speeds(), self._steps)
+        rates = taken if self._everyone else paces(self.speeds(), self._steps)
         if rates.get(site, 0.0) <= 0:
             return float(max(1, len(self._members.live)))
         return min(MOST_PEERS, max(1.0, sum(rates.values()) / rates[site]))

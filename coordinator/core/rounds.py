@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,9 @@ GRACE_FACTOR = 0.5
 SPARED = 0.75
 """The part of what a site can spare that a round takes of it: its next step may be slower than its last ones."""
 STALE_CYCLES = 8
-"""So many times everybody may have contributed since the base of a contribution, where no other bound is set."""
+"""So many cycles of the slowest site old may a contribution be, where no other bound is set."""
+UNEVEN = 64.0
+"""A site whose cycle is longer than so many of another one's may find that its contributions are too old."""
 LATE = 0.5
 """A contribution that is late by this part of its site's cycle is no surprise yet: speeds wander."""
 
@@ -52,16 +54,20 @@ class Policy:
     staleness_decay: float = 0.0
 
 
-def stalest(policy: Policy, sites: int) -> int:
-    """The staleness, in versions, that a contribution may have while so many sites are there.
+def stalest(policy: Policy, sites: int, cycles: Collection[float] = ()) -> int:
+    """The staleness, in versions, that a contribution may have in a run of so many sites; `cycles` are the seconds that
+    theirs take, as far as measured.
 
-    Versions are no measure of age by themselves: a cycle of everybody is one version with a full quorum, and a version
-    for each site with a quorum of one. A bound that is sound for four sites refuses most of what thirty send.
+    Versions are no measure of age by themselves: a cycle of everybody is one version with a full quorum, and with a
+    quorum of one a version for each cycle that a site has within that of the slowest. A bound that is sound for four
+    sites refuses most of what thirty send, and all of one that is twenty times slower.
     """
     if policy.max_staleness is not None:
         return policy.max_staleness
-    quorum = sites if policy.quorum is None else policy.quorum
-    return STALE_CYCLES * max(1, math.ceil(sites / max(1, quorum)))
+    if policy.quorum is None:
+        return STALE_CYCLES
+    contributions = math.fsum(min(UNEVEN, max(cycles) / cycle) for cycle in cycles)
+    return STALE_CYCLES * max(1, math.ceil(max(sites, contributions) / policy.quorum))
 
 
 @dataclass(frozen=True)

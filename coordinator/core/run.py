@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 from coordinator.core import rounds
 from coordinator.core.claims import Claims
 from coordinator.core.evaluation import Evaluations
-from coordinator.core.membership import Membership, Report
+from coordinator.core.membership import Member, Membership, Report
 from coordinator.core.pacing import FASTEST, Pacer
 from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
 from shared.protocol import Code
+
+STALLED_CYCLES = 3.0
+"""A site that has sent nothing for so many of its cycles, and a lease, is not counted with until it sends something."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class FragmentState:
     tokens: int = 0
     merging: int | None = None
     merging_tokens: int = 0
+    merging_sites: frozenset[str] = frozenset()
     open: OpenRound = field(default_factory=OpenRound)
 
     @property
@@ -116,6 +120,7 @@ class RunCore:
         self.roster: set[str] = set()
         self.last_base: dict[tuple[str, int], tuple[int, str]] = {}
         self._accepted_at: dict[tuple[str, int], float] = {}
+        self._got_on: dict[str, float] = {}
         self.started = False
         self.finished = False
         self._evaluations = Evaluations(plan.tokens)
@@ -148,6 +153,7 @@ class RunCore:
                 self.fragments[contribution.fragment].open.add(contribution, self.plan.policy, now)
         for site, session in active:
             self.members.join(site, session, now, "training")
+            self._got_on[site] = now
         closed = self._close_due(now)
         self.finished = self._all_done()
         return closed
@@ -173,18 +179,22 @@ class RunCore:
             self.roster.add(site)
             decisions.append(Enrol(site))
         if report.state == "training" and before != "training":
+            self._got_on[site] = now
             decisions.append(SiteActive(site, True))
-        return [*decisions, *self._start_if_ready(), *self._close_due(now)]
+        return [*decisions, *self._start_if_ready(now), *self._close_due(now)]
 
-    def bytes_arrived(self, site: str, now: float) -> None:
-        """Part of an upload came in: the site lives, however long its link keeps heartbeats waiting."""
+    def bytes_arrived(self, site: str, now: float, *, uploads: bool = True) -> None:
+        """Part of a request came in: the site lives, however long its link keeps heartbeats waiting. `uploads`: it is a
+        contribution's."""
         self.members.renew(site, now)
+        if uploads:
+            self._gets_on(site, now)
 
     def leave(self, site: str, session: str, now: float) -> list[Decision] | Refusal:
         if (refusal := self._standing(site, session)) is not None:
             return refusal
         self.members.remove(site)
-        return [SiteActive(site, False), *self._start_if_ready(), *self._close_due(now)]
+        return [SiteActive(site, False), *self._start_if_ready(now), *self._close_due(now)]
 
     def offer(self, site: str, session: str, fragment: int, base_version: int, id_: str) -> Refusal | int | None:
         """Whether a contribution may come: a Refusal, the version that will hold it if it is here already, or None."""
@@ -208,7 +218,9 @@ class RunCore:
             return Refusal(
                 Code.ALREADY_CONTRIBUTED, f"a contribution to fragment {fragment} from base {last_base} was accepted"
             )
-        stalest = rounds.stalest(self.plan.policy, len(self.members.live))
+        # All sites that ever took part: those that are away for a moment will contribute again.
+        sites, cycles = len(self.roster | self.members.live.keys()), self.pacer.cycle_seconds()
+        stalest = rounds.stalest(self.plan.policy, sites, cycles.values())
         if (staleness := state.target - 1 - base_version) > stalest:
             return Refusal(
                 Code.TOO_STALE,
@@ -223,6 +235,7 @@ class RunCore:
         self.members.renew(contribution.site, now)
         self._note(contribution)
         self._accepted_at[contribution.site, contribution.fragment] = now
+        self._gets_on(contribution.site, now)
         self.claims.spend(contribution, now, self.pacer.fastest())
         target = state.target
         state.open.add(contribution, self.plan.policy, now)
@@ -231,7 +244,9 @@ class RunCore:
     def published(self, fragment: int, version: int, tokens: int, now: float) -> list[Decision]:
         """The merge that CloseRound asked for is durable; `tokens` are those of its contributions."""
         state = self.fragments[fragment]
-        state.version, state.merging, state.merging_tokens = version, None, 0
+        for site in state.merging_sites:
+            self._gets_on(site, now)
+        state.version, state.merging, state.merging_tokens, state.merging_sites = version, None, 0, frozenset()
         state.tokens += tokens
         closed = self._close_due(now)
         if self._all_done() and not self.finished:
@@ -331,6 +346,10 @@ class RunCore:
         """The contribution with its counts bounded by what its site can have trained since its last one."""
         return self.claims.credible(claimed, now, self.pacer.fastest())
 
+    def stalled(self) -> list[str]:
+        """The sites that are live and train by their own account, and have sent nothing for long."""
+        return [member.site for member in self.members.in_state("training") if member.stalled]
+
     def absurd_reports(self) -> list[tuple[str, str]]:
         """(site, what) of the reports that are too far from the others' to be believed, and are bounded."""
         longest = FASTEST * _usual(self.pacer.cycle_seconds())
@@ -371,17 +390,19 @@ class RunCore:
             case _:
                 return None
 
-    def _start_if_ready(self) -> list[Decision]:
+    def _start_if_ready(self, now: float) -> list[Decision]:
         if self.started or len(self.members.in_state("ready")) < self.plan.min_sites:
             return []
         self.started = True
         ready = self.members.in_state("ready")
         for member in ready:
             member.report = replace(member.report, state="training")
+            self._got_on[member.site] = now
         return [StartRun(tuple(member.site for member in ready))]
 
     def _close_due(self, now: float) -> list[Decision]:
-        training = [member.site for member in self.members.in_state("training")]
+        self._judge(now)
+        training = [member.site for member in self._counted()]
         cycles = self.pacer.cycle_seconds()
         tempos = self._tempos(cycles)
         decisions: list[Decision] = []
@@ -399,6 +420,7 @@ class RunCore:
             contributions = state.open.ordered()
             state.merging, state.open = state.target, OpenRound()
             state.merging_tokens = sum(contribution.tokens for contribution in contributions)
+            state.merging_sites = frozenset(contribution.site for contribution in contributions)
             sites = {*training, *(contribution.site for contribution in contributions)}
             decisions.append(
                 CloseRound(
@@ -413,11 +435,37 @@ class RunCore:
             )
         return decisions
 
+    def _counted(self) -> list[Member]:
+        """The sites that train and get on: those whose contributions a round may wait for, and be measured by."""
+        return [member for member in self.members.in_state("training") if not member.stalled]
+
+    def _gets_on(self, site: str, now: float) -> None:
+        """The site sends something, or what it sent was published and it need not wait any more."""
+        self._got_on[site] = now
+        if (member := self.members.live.get(site)) is not None:
+            member.stalled = False
+
+    def _judge(self, now: float) -> None:
+        """Which sites keep their lease and yet send nothing, for much longer than their cycles and links take: an
+        agent's heartbeats go on where its training hangs. A full quorum waits for them, as it does for everyone, until
+        the deadline."""
+        if self.plan.policy.quorum is None:
+            return
+        cycles = self.pacer.cycle_seconds()
+        longest = FASTEST * _usual(cycles)
+        for member in self.members.in_state("training"):
+            here = any(member.site in state.open.sites | state.merging_sites for state in self.fragments)
+            if (cycle := cycles.get(member.site)) is None or here:
+                continue
+            usual = min(cycle, longest) + min(member.report.sync_seconds, longest)
+            patience = self.members.lease_seconds + STALLED_CYCLES * usual
+            member.stalled = now > self._got_on.get(member.site, now) + patience
+
     def _missing(self, fragment: int, cycles: Mapping[str, float]) -> list[Expected | None]:
         """When the sites that train and are not in the fragment's open round should contribute to it: a cycle after the
         last time."""
         found: list[Expected | None] = []
-        for member in self.members.in_state("training"):
+        for member in self._counted():
             if member.site in self.fragments[fragment].open.sites:
                 continue
             last, cycle = self._accepted_at.get((member.site, fragment)), cycles.get(member.site)

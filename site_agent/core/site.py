@@ -55,6 +55,9 @@ class Done:
     """Every fragment has merged the budget."""
 
 
+UNDELIVERED = 2.0
+"""Cycles: a site that gets on has less under way than one that has just been snapshot, and one that is on its way."""
+
 Action = Step | Snapshot | Align | Wait | Done
 
 
@@ -229,12 +232,12 @@ class SiteCore:
         view = self.fragments[fragment]
         view.arrived = Arrived(version, tokens, how)
 
-    def told(self, tokens: int, peers: float) -> None:
-        """The coordinator has merged so many tokens, and the run takes `peers` inner steps for each one of this site:
-        where nobody waits, the learning rate follows these reports."""
+    def told(self, tokens: int, peers: float | None) -> None:
+        """The coordinator has merged so many tokens, and the run takes `peers` inner steps for each one of this site
+        (None: as many as before): where nobody waits, the learning rate follows these reports."""
         if self.settings.everyone:
             return
-        self.reported, self.peers = tokens, peers
+        self.reported, self.peers = tokens, peers or self.peers
         self._find_place()
 
     @property
@@ -252,10 +255,11 @@ class SiteCore:
             self.furthest = max(self.furthest, *(view.progress.estimate(self.tokens) for view in self.fragments))
             return
         merged = sum(view.progress.merged for view in self.fragments) / len(self.fragments)
-        undelivered = sum(map(self._undelivered, self.fragments)) / len(self.fragments)
+        cycle = self.pace * self.tokens / max(1, self.steps)
+        # What nobody takes (an outage, refusals) piles up; the run does not wait for it.
+        undelivered = min(sum(map(self._undelivered, self.fragments)) / len(self.fragments), UNDELIVERED * cycle)
         here = max(self.reported, merged) + self.peers * undelivered
-        cycle = self.peers * self.pace * self.tokens / max(1, self.steps)
-        self.furthest = max(here, min(self.furthest, here + cycle))
+        self.furthest = max(here, min(self.furthest, here + self.peers * cycle))
 
     def _undelivered(self, view: FragmentView) -> int:
         """Tokens of this site that no version of the fragment is known to hold."""

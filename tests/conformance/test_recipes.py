@@ -50,11 +50,9 @@ def test_as_many_pushes_as_the_period_are_one_nesterov_step_on_their_mean(period
     """With c = 0 and the momentum of the step before in place, over several periods."""
     rng = np.random.default_rng(period)
     start = rng.standard_normal(50).astype(np.float32)
-    gradients = [rng.standard_normal(50).astype(np.float32) for _ in range(3)]
-    delayed = pushed(
-        "delayed-nesterov", [g for g in gradients for _ in range(period)], start, momentum=0.9, period=period
-    )
-    nesterov = pushed("nesterov", gradients, start, momentum=0.9)
+    gradients = rng.standard_normal((3, period, 50)).astype(np.float32)
+    delayed = pushed("delayed-nesterov", [*gradients.reshape(-1, 50)], start, momentum=0.9, period=period)
+    nesterov = pushed("nesterov", [*gradients.mean(axis=1)], start, momentum=0.9)
     np.testing.assert_allclose(delayed[period - 1 :: period], nesterov, rtol=1e-5, atol=1e-5)
 
 

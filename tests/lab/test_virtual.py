@@ -153,6 +153,27 @@ def test_many_sites_of_very_different_speed_are_never_too_stale(grace: float | N
     assert max(staleness) > 8, "which is a cycle of everybody where rounds wait for them"
 
 
+@pytest.mark.parametrize(("steps", "equal_time"), [((1.0, 20.0), False), ((1.0, 1.0, 100.0), True)])
+def test_a_slow_site_is_never_too_stale(steps: tuple[float, ...], equal_time: bool) -> None:
+    """At equal steps the fast one has twenty cycles in one of the slow one; in equal time nobody takes less than a step
+    a cycle, however slow."""
+    sites = [VirtualSite(f"s{n}", each, 1.0) for n, each in enumerate(steps)]
+    run = decoupled(sites, equal_time=equal_time, tokens=8000)
+    run.run(limit=100_000)
+    assert run.refused.keys() <= {Code.RUN_FINISHED}
+    slowest = sites[-1]
+    merged = sum(c.steps for _, close in run.closed for c in close.contributions if c.site == slowest.name) / 4
+    assert merged > 0.8 * slowest.running.steps > 0
+
+
+def test_one_site_that_is_far_faster_than_the_others_is_not_cut_short() -> None:
+    """What it claims is measured by what it can be believed to be, and not by the others."""
+    sites = [VirtualSite(f"s{n}", step, 1.0) for n, step in enumerate((1.0, 70.0, 70.0))]
+    run = decoupled(sites, tokens=3000, batch_size=1, sequence_tokens=1)
+    run.run(limit=4000.0)
+    assert run.core.tokens >= 3000
+
+
 def test_paced_sites_arrive_together_and_a_grace_window_merges_them() -> None:
     sites = [VirtualSite(f"s{n}", step, 4.0) for n, step in enumerate((1.0, 2.0, 4.0, 8.0))]
     run = decoupled(sites)

@@ -371,6 +371,46 @@ def test_a_bad_key_is_told_in_one_sentence_with_what_would_do(text: str, said: s
         assert str(caught.value) == f"run.toml: {said}"
 
 
+def test_a_bound_that_refuses_sites_which_are_in_time_is_refused(tmp_path: Path) -> None:
+    """Seven sites by twos: a cycle of all has four versions, and what was there before the first is three old."""
+    path = tmp_path / "run.toml"
+
+    def load(bound: int) -> None:
+        tables = f"[rounds]\nquorum = 2\nmax_staleness = {bound}"
+        path.write_text(MINIMAL.replace("[task]", "min_sites = 7\n[task]") + tables, encoding="utf-8")
+        load_run(path)
+
+    load(3)
+    with pytest.raises(ConfigError) as caught:
+        load(2)
+    assert str(caught.value) == (
+        "run.toml: [rounds] max_staleness = 2 refuses sites that are in time: a cycle of [run] min_sites = 7 has up to "
+        '4 versions with quorum = 2; use "auto" or at least 3'
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[rounds]\noverlap_steps = 10_000_000",
+        "[rounds]\nquorum = 10_000_000",
+        "[rounds]\nmax_staleness = 10_000_000",
+        "[outer]\noptimizer = 'delayed-nesterov'\nperiod = 10_000_000",
+        "[outer]\nlr = 1e300",
+        "[inner]\nlr = 1e300",
+        "[inner]\nclip_norm = 1e300",
+        "[inner]\nweight_decay = 1e300",
+        "[inner]\nwarmup_tokens = 10_000_000_000_000_000",
+        "[store]\nkeep_versions = 10_000_000",
+    ],
+)
+def test_numbers_beyond_all_measure_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_with(text, tmp_path)
+    assert_one_sentence(str(caught.value))
+    assert " got " in str(caught.value)
+
+
 def test_a_quorum_that_the_sites_cannot_meet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(MINIMAL.replace("[task]", "min_sites = 2\n[task]") + "[rounds]\nquorum = 3", encoding="utf-8")

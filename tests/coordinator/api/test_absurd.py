@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from typing import Any
 
 import msgpack
@@ -51,6 +52,32 @@ async def test_an_absurd_speed_does_not_change_the_pace_of_the_others(
     assert (await b.beat("training", step_seconds=0.5)).pace == 128.0, "as if the liar were not there"
     assert await metric(fleet, "isthmus_claims_bounded_total") == {'{site="liar",what="speed"}': 1.0}
     assert caplog.text.count("site liar reports 1e-12 s") == 1, "named once, not with each heartbeat"
+
+
+async def test_a_site_that_reports_and_sends_nothing_is_shown_counted_and_named_once(
+    serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = await serve(run={"min_sites": 2}, rounds={"quorum": 1})
+    _, silent = await fleet.trains("eu", "us")
+    await silent.beat("training", step_seconds=0.1)
+    fleet.coordinator.clock = lambda: time.monotonic() + 20.0
+    await silent.beat("training", step_seconds=0.1)
+    fleet.coordinator.clock = lambda: time.monotonic() + 1000.0
+    for site in ("eu", "us"):
+        fleet.coordinator.core.members.renew(site, time.monotonic() + 999.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            await silent.beat("training", step_seconds=0.1)
+    shown = (await fleet.get("/v1/status")).json["sites"]
+    assert {site["name"]: (site["state"], site["stalled"]) for site in shown} == {
+        "eu": ("training", False),  # which has not told its speed: its course is not known
+        "us": ("training", True),
+    }
+    assert "isthmus_stalled_sites 1.0\n" in (await fleet.get("/metrics")).body.decode()
+    assert caplog.text.count("site us is alive and has sent nothing") == 1
+    await silent.contribute(0, 0)
+    shown = (await fleet.get("/v1/status")).json["sites"]
+    assert not any(site["stalled"] for site in shown)
 
 
 @pytest.mark.parametrize(

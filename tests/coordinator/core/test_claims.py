@@ -14,39 +14,39 @@ def claimed(site: str, tokens: int, steps: int = 10) -> Contribution:
 
 def noted(claims: Claims, **tokens: int) -> Claims:
     for site, count in tokens.items():
-        claims.note(claims.credible(claimed(site, count)))
+        claims.note(claims.credible(claimed(site, count), 0.0, None))
     return claims
 
 
 @pytest.mark.parametrize("tokens", [10**18, 10 * 2 * 64 + 1])
 def test_no_step_counts_more_than_its_batch_can_hold(tokens: int) -> None:
     claims = Claims(10, 2, sequence_tokens=64)
-    assert claims.credible(claimed("a", tokens)).tokens == 10 * 2 * 64
-    assert claims.credible(claimed("a", 10 * 2 * 64)).tokens == 10 * 2 * 64
+    assert claims.credible(claimed("a", tokens), 0.0, None).tokens == 10 * 2 * 64
+    assert claims.credible(claimed("a", 10 * 2 * 64), 0.0, None).tokens == 10 * 2 * 64
 
 
 def test_a_low_claim_of_another_site_bounds_nobody_where_the_task_knows() -> None:
     claims = noted(Claims(10, 2, sequence_tokens=64), low=1, low2=1, low3=1)
-    assert claims.credible(claimed("a", 1280)).tokens == 1280
+    assert claims.credible(claimed("a", 1280), 0.0, None).tokens == 1280
 
 
 def test_where_the_task_does_not_know_the_middle_one_of_three_others_is_the_measure() -> None:
     claims = noted(Claims(10, 2), a=100, b=1, c=10**18)
-    assert claims.credible(claimed("d", 10**18)).tokens == APART * 100
-    assert claims.credible(claimed("d", 700)).tokens == 700
+    assert claims.credible(claimed("d", 10**18), 0.0, None).tokens == APART * 100
+    assert claims.credible(claimed("d", 700), 0.0, None).tokens == 700
 
 
 @pytest.mark.parametrize("others", [{}, {"b": 1}, {"b": 1, "c": 1}])
 def test_fewer_others_are_no_measure(others: dict[str, int]) -> None:
     claims = noted(Claims(10, 2), **others)
-    assert claims.credible(claimed("a", 10**6)).tokens == 10**6, "an honest one would pass for the absurd one"
-    assert claims.credible(claimed("a", 10**18)).tokens == 10 * 2 * LONGEST_SEQUENCE
-    assert claims.credible(claimed("a", 10**18, steps=0)).tokens == 2 * LONGEST_SEQUENCE
+    assert claims.credible(claimed("a", 10**6), 0.0, None).tokens == 10**6, "an honest one would pass for absurd"
+    assert claims.credible(claimed("a", 10**18), 0.0, None).tokens == 10 * 2 * LONGEST_SEQUENCE
+    assert claims.credible(claimed("a", 10**18, steps=0), 0.0, None).tokens == 0, "which would cost no credit"
 
 
 def test_no_contribution_stands_for_more_than_so_many_cycles() -> None:
     claims = Claims(10, 2, sequence_tokens=64)
-    found = claims.credible(claimed("a", 10**18, steps=10**15))
+    found = claims.credible(claimed("a", 10**18, steps=10**15), 0.0, None)
     assert (found.steps, found.tokens) == (LONGEST_CYCLES * 10, LONGEST_CYCLES * 10 * 2 * 64)
 
 

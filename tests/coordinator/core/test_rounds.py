@@ -66,6 +66,20 @@ def test_the_bound_on_staleness_is_eight_cycles_however_many_versions_one_has(
     assert stalest(replace(ALL, max_staleness=bound, quorum=quorum), sites) == versions
 
 
+@pytest.mark.parametrize(
+    ("cycles", "quorum", "versions"),
+    [
+        ([10.0] * 4, 1, 32),
+        ([1.0, 20.0], 1, 8 * 21),
+        ([1.0, 2.0, 4.0, 8.0], 3, 8 * 5),
+        ([1.0, 1e9], 1, 8 * 65),  # who is slower than that is refused rather than that memory is kept for ever
+        ([1.0, 20.0], None, 8),
+    ],
+)
+def test_a_cycle_is_that_of_the_slowest_site(cycles: list[float], quorum: int | None, versions: int) -> None:
+    assert stalest(replace(ALL, max_staleness=None, quorum=quorum), len(cycles), cycles) == versions
+
+
 def test_an_empty_round_never_closes() -> None:
     for policy in (ALL, TWO):
         assert reason_to_close(OpenRound(), [], {}, policy, 1e9) is None

@@ -9,8 +9,10 @@ import pytest
 
 from coordinator.core.evaluation import EVALUATION_LEASE_SECONDS
 from coordinator.core.membership import Report
+from coordinator.core.pacing import FASTEST
 from coordinator.core.rounds import SPARED, Contribution, Policy
 from coordinator.core.run import (
+    STALLED_CYCLES,
     CloseRound,
     Decision,
     Enrol,
@@ -156,6 +158,25 @@ def test_a_contribution_that_is_too_stale_is_refused_and_the_limit_itself_is_not
         core.fragments[0].version = version
         verdict = core.offer("a", "a", 0, 0, "x")
         assert (verdict.code if isinstance(verdict, Refusal) else verdict) is expected
+
+
+def test_after_an_outage_the_first_to_return_are_not_too_stale_because_the_others_are_not_back_yet() -> None:
+    """A cycle of 24 sites has 24 versions where each arrival is a round; in an outage every lease is lost."""
+    sites = [f"s{n:02}" for n in range(24)]
+    policy = replace(POLICY, quorum=1, max_staleness=None)
+    core = training(*sites, plan=replace(PLAN, fragments=1, tokens=10**6, policy=policy))
+    bases = {}
+    for site in sites:
+        (close,) = contribute(core, site)
+        publish(core, close)
+        bases[site] = core.fragments[0].version
+    core.tick(10**6)
+    assert not core.members.live
+    for site in sites:
+        core.join(site, site, 10**6)
+        core.heartbeat(site, site, TRAINING, 10**6)
+        for close in contribute(core, site, base=bases[site], now=10**6):
+            publish(core, close, 10**6)
 
 
 def test_a_finished_fragment_takes_no_more() -> None:
@@ -626,6 +647,90 @@ def test_of_two_speeds_that_are_too_far_apart_either_may_be_the_absurd_one() -> 
         core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
     assert core.pacer.absurd() == ["a", "b"]
     assert core.pacer.fastest() is None
+
+
+def test_a_lone_fast_site_is_the_measure_as_far_as_it_can_be_believed() -> None:
+    core = training("a", "b", "fast")
+    for site, seconds in (("a", 70.0), ("b", 70.0), ("fast", 1.0)):
+        core.heartbeat(site, site, replace(TRAINING, step_seconds=seconds), 1.0)
+    assert core.pacer.absurd() == ["fast"]
+    assert core.pacer.fastest() == pytest.approx(FASTEST / 70.0)
+
+
+def test_until_speeds_are_known_after_a_restart_nobody_is_told_how_much_the_others_train() -> None:
+    core, _ = restored([], [("a", "a"), ("b", "b")])
+    core.heartbeat("a", "a", replace(TRAINING, step_seconds=1.0), 101.0)
+    assert (core.pacer.pace("a"), core.pacer.peers("a")) == (None, None)
+    core.heartbeat("b", "b", replace(TRAINING, step_seconds=1.0), 101.0)
+    assert (core.pacer.pace("a"), core.pacer.peers("a")) == (50.0, 2.0)
+
+
+# ---- a site that is alive and sends nothing
+
+
+class Silent:
+    """Two sites, whose cycles take 50 s and their links 1 s: both report every other second, and only a sends."""
+
+    def __init__(self, quorum: int | None) -> None:
+        plan = replace(quorum_of_one(0.0), fragments=1, tokens=10**6, batch_size=1, sequence_tokens=1)
+        self.core = training(
+            "a", "b", plan=replace(plan, policy=replace(plan.policy, quorum=quorum, max_staleness=None))
+        )
+        self.now = 0.0
+
+    def report(self, until: float) -> None:
+        report = replace(TRAINING, step_seconds=1.0, overlap_seconds=50.0, sync_seconds=1.0)
+        while self.now < until:
+            self.now += 2.0
+            for site in ("a", "b"):
+                self.core.heartbeat(site, site, report, self.now)
+            self.core.tick(self.now)
+
+    def run(self, cycles: int) -> CloseRound:
+        for _ in range(cycles):
+            self.report(self.now + 50.0)
+            (close,) = contribute(self.core, "a", base=self.core.fragments[0].version, now=self.now)
+            publish(self.core, close, self.now)
+        assert isinstance(close, CloseRound)
+        return close
+
+
+def test_a_site_that_hangs_is_no_part_of_the_run_until_it_sends_something() -> None:
+    run = Silent(quorum=1)
+    patience = run.core.members.lease_seconds + STALLED_CYCLES * 51.0
+    early = run.run(int(patience // 50))
+    assert (run.core.stalled(), early.share, early.sites) == ([], 0.5, 2)
+    late = run.run(2)
+    assert (run.core.stalled(), late.share, late.sites) == (["b"], 1.0, 1)
+    assert run.core.pacer.peers("a") == 1.0
+    (back,) = contribute(run.core, "b", base=0, now=run.now)
+    assert isinstance(back, CloseRound)
+    assert (run.core.stalled(), back.share, back.sites) == ([], 0.5, 2)
+
+
+def test_parts_of_a_slow_upload_are_a_sign_that_a_site_gets_on() -> None:
+    run = Silent(quorum=1)
+    for _ in range(20):
+        run.core.bytes_arrived("b", run.now)
+        run.run(1)
+    assert run.core.stalled() == []
+
+
+def test_who_waits_for_the_others_does_not_hang() -> None:
+    run = Silent(quorum=2)
+    assert contribute(run.core, "a", now=run.now) == []
+    run.report(1000.0)
+    assert run.core.stalled() == ["b"], "and not a, whose round cannot close"
+    (close,) = contribute(run.core, "b", now=run.now)
+    publish(run.core, close, run.now)
+    run.report(1060.0)
+    assert run.core.stalled() == []
+
+
+def test_a_full_quorum_counts_with_everyone() -> None:
+    run = Silent(quorum=None)
+    run.report(1000.0)
+    assert run.core.stalled() == []
 
 
 def test_a_time_to_spare_that_is_far_beyond_a_cycle_is_named_and_bounded() -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from site_agent.core.site import Action, Align, Done, Settings, SiteCore, Snapshot, Step, Wait
+from site_agent.core.site import UNDELIVERED, Action, Align, Done, Settings, SiteCore, Snapshot, Step, Wait
 
 Overlap = Literal["auto", "unbounded"] | int
 TOKENS = 10
@@ -494,6 +494,26 @@ def test_the_place_in_the_budget_holds_within_a_cycle_and_no_further() -> None:
     core.told(5000, 10**6)
     core.told(5000, 3.0)
     assert core.furthest <= 5000 + 3 * (25 + 60), "an absurd order is not remembered"
+
+
+def test_the_learning_rate_does_not_run_ahead_with_what_nobody_takes() -> None:
+    """Everything is refused for ten cycles: the site trains on, and its work is not part of the run yet."""
+    core = asynchronous()
+    core.told(5000, 3.0)
+    for version in range(1, 21):
+        train(core, 3)
+        core.arrived(take(core).fragment, version, 0, "rebase")
+        take_up(core)
+    cycle = 6 * TOKENS
+    assert core.furthest == 5000 + 3 * UNDELIVERED * cycle < 5000 + 3 * core.tokens
+
+
+def test_orders_without_peers_leave_them_as_they_were() -> None:
+    core = asynchronous()
+    core.told(5000, 3.0)
+    core.told(5000, None)
+    train(core, 1)
+    assert core.furthest == 5000 + 3 * 10
 
 
 def test_in_a_full_quorum_run_it_follows_the_versions_alone() -> None:

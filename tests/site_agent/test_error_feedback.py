@@ -1,0 +1,44 @@
+"""What the upload codec lost goes with the next contribution, once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from shared.config import WireTable
+from shared.fragments import F32, Layout
+from shared.wire import open_container
+from site_agent.agent import Agent
+from site_agent.contribution import Anchor, Parcel, encode
+from site_agent.courier import Accepted
+
+FRAGMENT = Layout.from_wire([[("w", [128])]]).fragments[0]
+ANCHOR = Anchor(0, "0" * 32, 0, np.ones(128, np.float32))
+LEFT = np.full(128, 0.5, np.float32)
+
+
+def sent(residual: F32 | None, *, feedback: bool) -> tuple[F32, F32 | None]:
+    """(what the coordinator reads of a contribution of zeros, the feedback after it)"""
+    parcel = Parcel(0, ANCHOR, ANCHOR.flat.copy(), residual, 10, 1)
+    body, left = encode(parcel, FRAGMENT, WireTable(upload="fp32", error_feedback=feedback), "run", "site")
+    with open_container(body, FRAGMENT) as opened:
+        return opened.decode(), left
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_what_was_lost_so_far_is_sent_whether_or_not_more_is_kept(feedback: bool) -> None:
+    read, left = sent(LEFT, feedback=feedback)
+    np.testing.assert_array_equal(read, LEFT)
+    assert (left is not None) == feedback
+
+
+@pytest.mark.parametrize("left", [None, np.zeros(128, np.float32)])
+def test_what_an_accepted_contribution_held_is_not_sent_again(left: F32 | None) -> None:
+    """Also where [wire] error_feedback was switched off since, and with a contribution whose encoding was another's."""
+    agent = SimpleNamespace(core=Mock(), residuals={0: LEFT, 1: LEFT}, _clock=lambda: 0.0)
+    Agent._take_in(agent, Accepted(0, 1, left))  # type: ignore[arg-type]
+    assert agent.residuals.get(0) is left
+    assert agent.residuals[1] is LEFT
