@@ -268,7 +268,7 @@ async def _baseline(console: Console, fleet: Fleet, config: RunConfig, sites: in
 
 
 def _write_run(path: Path, text: Path, sites: int, tokens: int) -> None:
-    filled = RUN_TOML.format(tokens=tokens, sites=sites, paths=json.dumps(str(text)), warmup=tokens // 20)
+    filled = RUN_TOML.format(tokens=tokens, sites=sites, paths=json.dumps(str(text)), warmup=tokens // 4)
     path.write_text(filled, encoding="utf-8")
 
 
