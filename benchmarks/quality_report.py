@@ -63,7 +63,7 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
         f"to {base}",
         "at equal time",
         "virtual s",
-        "longest wait",
+        "training",
         "sites",
         "cosine",
         "MB up",
@@ -89,7 +89,7 @@ def table(rows: Sequence[Row], notes: Mapping[str, str], default: str, base: str
             if end and mine[0]["curve"][-1][0]
             else "–",
             _optional(mine, "virtual_seconds", ",.0f"),
-            _optional(mine, "longest_wait_seconds", ",.0f"),
+            _optional(mine, "training_share", ".0%"),
             _optional(mine, "sites_per_round", ".2f"),
             _optional(mine, "cosine", "+.2f"),
             _optional(mine, "bytes_up", ".0f", 1e-6),

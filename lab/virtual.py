@@ -254,21 +254,23 @@ class VirtualRun:
 
     def _resume(self, site: VirtualSite) -> None:
         if site.waiting_since is not None:
-            wait = self.now - site.waiting_since
-            site.waited += wait
-            site.longest_wait = max(site.longest_wait, wait)
-            site.waiting_since = None
             self._act(site)
 
     def _act(self, site: VirtualSite) -> None:
         core = site.running
         while not site.dead(self.now):
-            match core.next_action():
+            action = core.next_action()
+            if site.waiting_since is not None and not isinstance(action, Wait):
+                # (News that change nothing, heartbeats' for one, end no wait.)
+                wait = self.now - site.waiting_since
+                site.waited, site.longest_wait = site.waited + wait, max(site.longest_wait, wait)
+                site.waiting_since = None
+            match action:
                 case Step():
                     seconds = site.next_step_seconds()
                     self._at(self.now + seconds, _bound(self._stepped, site, seconds))
                     return
-                case Snapshot() as action:
+                case Snapshot():
                     core.snapshot_taken(action, self.now)
                     sent = self.take(site, action)
                     self._at(self.now + site.link_seconds, _bound(self._offer, site, action, sent))
@@ -276,7 +278,7 @@ class VirtualRun:
                     self.take_up(site, fragment, how)
                     core.aligned(fragment)
                 case Wait():
-                    site.waiting_since = self.now
+                    site.waiting_since = self.now if site.waiting_since is None else site.waiting_since
                     return
                 case Done():
                     site.ended = self.now

@@ -76,6 +76,14 @@ def test_two_sites_half_a_cycle_apart_lose_a_heartbeat_once_and_are_then_in_step
     assert all(site.waited <= 2 * HEARTBEAT_SECONDS + 8 for site in sites)
 
 
+def test_a_wait_is_as_long_as_it_is_whatever_is_heard_meanwhile() -> None:
+    """Heartbeats come every ten seconds; a full quorum at equal steps waits 8 - 4 steps of 10 s for the slow site."""
+    sites = [VirtualSite("a", 10.0, 0.0), VirtualSite("b", 20.0, 0.0)]
+    run = run_of(sites, overlap=0, fragments=1, steps=8)
+    run.run(limit=10_000)
+    assert sites[0].longest_wait == 80.0
+
+
 @pytest.mark.parametrize("overlap", [0, 2, 4, 12])
 def test_sites_in_step_never_contribute_early(overlap: int) -> None:
     """What a full-quorum run merges does not depend on how long messages took."""
