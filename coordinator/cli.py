@@ -1,10 +1,11 @@
-"""`isthmus coordinator …`: serve, status, export, token."""
+"""`isthmus coordinator …`: serve, status, export, verify, token."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import json
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -73,6 +74,22 @@ def export(
     from coordinator.export import export as export_weights
 
     print(export_weights(state_dir, out, form, published=published))
+
+
+@app.command()
+@command
+def verify(
+    state_dir: Annotated[Path, typer.Argument(metavar="STATE_DIR", help="The coordinator's state directory.")],
+) -> None:
+    """Execute the journal again and compare every digest; exit code 4 where anything is not as recorded."""
+    from coordinator.verify import verify as verify_state
+
+    found = verify_state(state_dir)
+    print(found)
+    for fault in found.faults:
+        print(f"isthmus: {fault}", file=sys.stderr)
+    if found.faults:
+        raise SystemExit(FaultError.exit_code)
 
 
 @token_app.command()

@@ -128,6 +128,13 @@ class Journal:
         if fresh:
             self._db.executescript(_SCHEMA)
 
+    def check_integrity(self) -> None:
+        """Reads the whole file, indexes included, where opening it only looks quickly. Raises CorruptError."""
+        with self._reading():
+            found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(str(found))
+
     def close(self) -> None:
         self._db.close()
 
