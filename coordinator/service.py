@@ -332,7 +332,7 @@ class Coordinator:
                     task.add_done_callback(self._ended)
                 case FinishRun():
                     log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
-                    await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all)
+                    await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all, self.core.stalest())
         self._note_stalled()
         self.metrics.show_core(self.core)
         self._news.set()
@@ -356,7 +356,7 @@ class Coordinator:
         log.debug("fragment %d is at version %d (%s, %d)", p, version, close.reason, len(close.contributions))
         await self._carry_out(decisions)
         if version % self.config.store.checkpoint_versions == 0:
-            await workers.durably(workers.merger, "a checkpoint", self._checkpoint, p)
+            await workers.durably(workers.merger, "a checkpoint", self._checkpoint, p, self.core.stalest())
 
     def _execute(self, fragment: int, version: int) -> Stepped:
         round_ = self._merge_reader.round(fragment, version)
@@ -367,16 +367,21 @@ class Coordinator:
             state, round_, self._merge_reader, self.store.blobs, self.run_id, self.store.embeddings, self.workers.chunks
         )
 
-    def _checkpoint_all(self) -> None:
+    def _checkpoint_all(self, stalest: int) -> None:
         for p in range(len(self._states)):
-            self._checkpoint(p)
+            self._checkpoint(p, stalest)
 
-    def _checkpoint(self, fragment: int) -> None:
-        """On the merge thread: saves the fragment, then drops what no checkpoint and no site needs any more."""
+    def _checkpoint(self, fragment: int, stalest: int) -> None:
+        """On the merge thread: saves the fragment, then drops what no checkpoint, no site and no contribution, which
+        may have a base `stalest` versions old, needs any more."""
         self._checkpoints.save(self._states[fragment])
         oldest = self._checkpoints.entries(fragment)[-1].version
-        oldest_delta = self._states[fragment].version - self.config.store.keep_versions + 1
-        pruned = self.workers.writer.submit(self.store.journal.prune, fragment, oldest, oldest_delta)
+        version, store = self._states[fragment].version, self.config.store
+        # The digests of bases that a contribution may still have are in the rounds' rows.
+        oldest_row = version - max(store.keep_rounds, stalest + 1)
+        pruned = self.workers.writer.submit(
+            self.store.journal.prune, fragment, oldest, version - store.keep_versions + 1, oldest_row
+        )
         for digest in pruned.result():
             self.store.blobs.remove(digest)
 

@@ -162,6 +162,7 @@ class StoreTable(_Table):
     checkpoint_versions: int = Field(16, ge=1, le=MOST, description="outer steps of a fragment between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, le=MOST, description="checkpoints kept of each fragment, from 1")
     keep_versions: int = Field(32, ge=1, le=MOST, description="published deltas kept of each fragment, from 1")
+    keep_rounds: int = Field(256, ge=1, le=MOST, description="rounds of each fragment kept in the journal, from 1")
 
 
 class RunConfig(_Table):

@@ -218,9 +218,7 @@ class RunCore:
             return Refusal(
                 Code.ALREADY_CONTRIBUTED, f"a contribution to fragment {fragment} from base {last_base} was accepted"
             )
-        # All sites that ever took part: those that are away for a moment will contribute again.
-        sites, cycles = len(self.roster | self.members.live.keys()), self.pacer.cycle_seconds()
-        stalest = rounds.stalest(self.plan.policy, sites, cycles.values())
+        stalest = self.stalest()
         if (staleness := state.target - 1 - base_version) > stalest:
             return Refusal(
                 Code.TOO_STALE,
@@ -228,6 +226,12 @@ class RunCore:
                 f"allows {stalest}",
             )
         return None
+
+    def stalest(self) -> int:
+        """The staleness, in versions, that a contribution may have now."""
+        # All sites that ever took part: those that are away for a moment will contribute again.
+        sites, cycles = len(self.roster | self.members.live.keys()), self.pacer.cycle_seconds()
+        return rounds.stalest(self.plan.policy, sites, cycles.values())
 
     def accept(self, contribution: Contribution, now: float) -> tuple[int, list[Decision]]:
         """The contribution is on disk and in the journal: the version that will hold it, and what follows."""

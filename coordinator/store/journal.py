@@ -127,6 +127,8 @@ class Journal:
             raise CorruptError(f"journal {self.path} has schema {schema}; this version reads {SCHEMA_VERSION}")
         if fresh:
             self._db.executescript(_SCHEMA)
+        if not read_only:
+            self._db.execute("CREATE INDEX IF NOT EXISTS contributions_by_site ON contributions (fragment, site)")
 
     def check_integrity(self) -> None:
         """Reads the whole file, indexes included, where opening it only looks quickly. Raises CorruptError."""
@@ -325,9 +327,11 @@ class Journal:
 
     # -- retention
 
-    def prune(self, fragment: int, checkpoint: int, oldest_delta: int) -> list[str]:
+    def prune(self, fragment: int, checkpoint: int, oldest_delta: int, oldest_row: int) -> list[str]:
         """Marks as pruned, and names, the blobs that are no longer needed: of contributions merged at or before the
-        version `checkpoint`, and of deltas before `oldest_delta`. The caller then removes the files."""
+        version `checkpoint`, and of deltas before `oldest_delta`. The caller then removes the files. Drops the rows of
+        rounds before `oldest_row` and `checkpoint` whose blobs are pruned, and of what they merged, but for each
+        site's newest contribution: by that one a site that was away is known."""
         with self._transaction("prune"):
             merged = (
                 "SELECT c.blob FROM contributions c JOIN rounds r ON c.round = r.seq"
@@ -345,6 +349,14 @@ class Journal:
                 for row in self._db.execute(f"SELECT delta FROM rounds WHERE {old}", (fragment, oldest_delta))
             ]
             self._db.execute(f"UPDATE rounds SET pruned = 1 WHERE {old}", (fragment, oldest_delta))
+            gone = "fragment = ? AND version < ? AND pruned"
+            oldest = min(oldest_row, checkpoint)
+            self._db.execute(
+                f"DELETE FROM contributions WHERE round IN (SELECT seq FROM rounds WHERE {gone}) AND seq NOT IN"
+                " (SELECT MAX(seq) FROM contributions WHERE fragment = ? GROUP BY site)",
+                (fragment, oldest, fragment),
+            )
+            self._db.execute(f"DELETE FROM rounds WHERE {gone}", (fragment, oldest))
         return blobs + deltas
 
     def needed_blobs(self) -> set[str]:

@@ -194,14 +194,14 @@ def test_prune_names_what_no_checkpoint_and_no_site_needs(journal: Journal) -> N
     for version, each in enumerate(sent, start=1):
         accept(journal, each)
         merge(journal, version, each)
-    assert journal.prune(0, checkpoint=2, oldest_delta=4) == [
+    assert journal.prune(0, checkpoint=2, oldest_delta=4, oldest_row=0) == [
         *(blob(each) for each in sent[:2]),
         "delta-1",
         "delta-2",
         "delta-3",
     ]
-    assert journal.prune(0, checkpoint=2, oldest_delta=4) == [], "each once"
-    assert journal.prune(0, checkpoint=3, oldest_delta=4) == [blob(sent[2])]
+    assert journal.prune(0, checkpoint=2, oldest_delta=4, oldest_row=0) == [], "each once"
+    assert journal.prune(0, checkpoint=3, oldest_delta=4, oldest_row=0) == [blob(sent[2])]
     assert len(journal.rounds(0, after=0)) == 4, "the rows stay"
 
 
@@ -210,9 +210,28 @@ def test_prune_leaves_open_contributions_other_fragments_and_unpublished_rounds(
     accept(journal, first, waiting, elsewhere)
     journal.close_round(0, 1, "complete", [(first, 1.0)], RULE, at=2.0)
     journal.close_round(1, 1, "complete", [(elsewhere, 1.0)], RULE, at=2.0)
-    assert journal.prune(0, checkpoint=0, oldest_delta=9) == []
+    assert journal.prune(0, checkpoint=0, oldest_delta=9, oldest_row=0) == []
     journal.publish(0, stepped(1), "delta-1", at=3.0)
-    assert journal.prune(0, checkpoint=1, oldest_delta=1) == [blob(first)]
+    assert journal.prune(0, checkpoint=1, oldest_delta=1, oldest_row=0) == [blob(first)]
+
+
+def test_rows_of_old_rounds_go_and_each_sites_newest_contribution_stays(journal: Journal) -> None:
+    """Site b took part in the first round alone; a in all five."""
+    away = contribution("b")
+    accept(journal, away)
+    for version in range(1, 6):
+        sent = contribution("a", base=version - 1)
+        accept(journal, sent)
+        merge(journal, version, sent, *([away] if version == 1 else []))
+    journal.prune(0, checkpoint=4, oldest_delta=5, oldest_row=3)
+    assert [round_.version for round_ in journal.rounds(0, after=0)] == [3, 4, 5]
+    assert [journal.contribution(f"a-0-{base}") is None for base in range(5)] == [True, True, False, False, False]
+    newest = journal.contributions(newest_of_each=True)
+    assert [(each.contribution.site, each.merged) for each in newest] == [("b", True), ("a", True)]
+    journal.prune(0, checkpoint=4, oldest_delta=5, oldest_row=9)
+    assert [round_.version for round_ in journal.rounds(0, after=0)] == [4, 5], "a checkpoint's own round is its record"
+    journal.prune(0, checkpoint=4, oldest_delta=1, oldest_row=9)
+    assert journal.needed_blobs() == {blob(contribution("a", base=4)), "delta-5"}
 
 
 # ---- a journal that cannot be read
