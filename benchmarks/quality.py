@@ -108,6 +108,11 @@ ADAM: Tables = _outer(optimizer="adam", lr=4e-3, momentum=0.9)
 DECAY: Tables = {"rounds": {"staleness_decay": 0.5}}
 
 DEFAULT, BASE = "decoupled", "data-parallel"
+QUICK = [BASE, "data-parallel-large", "diloco-m1", "diloco-m2", "diloco-m4", "diloco-m4-processes", "streaming"]
+QUICK += ["streaming-int4", "unpaced-full-quorum", "paced-full-quorum", "naive-async", "delayed-nesterov", DEFAULT]
+QUICK += ["decoupled-no-grace", "decoupled-rda", "decoupled-follow", "adam", "heloco", "decoupled-even"]
+QUICK += ["decoupled-by-play", "decoupled-one-dies", "paced-moody", "decoupled-moody"]
+"""One of each kind, for --quick."""
 SETTINGS = [
     Setting(BASE, "synchronous, the global batch of four sites", _rate(BASE_RATE), batches=4),
     Setting("data-parallel-rate-2", "the same, lr 2e-3", _rate(2e-3), batches=4),
@@ -195,7 +200,11 @@ def tables_of(setting: Setting, text: str, tokens: int, seed: int) -> dict[str, 
 def digest_of(setting: Setting, tokens: int, seed: int) -> str:
     """What a row was measured with: its config, defaults included, and its sites."""
     config = parse(RunConfig, tables_of(setting, "", tokens, seed), setting.name)
-    told = [config.model_dump_json(), *map(str, (setting.steps, setting.batches, setting.dies, setting.mood, LINK))]
+    # (How much history a coordinator keeps changes nothing of a row.)
+    told = [
+        config.model_dump_json(exclude={"store"}),
+        *map(str, (setting.steps, setting.batches, setting.dies, setting.mood, LINK)),
+    ]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
@@ -343,7 +352,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     tokens, seeds = (QUICK_TOKENS, 1) if options.quick else (options.tokens, options.seeds)
-    names = options.only.split(",") if options.only else list(NAMED)
+    names = options.only.split(",") if options.only else QUICK if options.quick else list(NAMED)
     if unknown := set(names) - NAMED.keys():
         raise SystemExit(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(NAMED)}")
     copy = copy_bytes_per_second()
