@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from coordinator.outer.step import OuterState, Stepped
-from coordinator.store.files import write_durably
 from coordinator.store.journal import StoredRound
 from coordinator.store.recovery import recover
 from coordinator.store.state_dir import StateDir
 from shared.config import RunConfig
 from shared.errors import ConfigError
+from shared.files import DISK
 from shared.fragments import F32
 from shared.task import load_task
 
@@ -100,6 +100,6 @@ def _write(path: Path, weights: Mapping[str, F32], metadata: dict[str, str]) -> 
     tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, lambda beside: save_file(tensors, beside, metadata))
+        DISK.put(path, lambda beside: save_file(tensors, beside, metadata))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

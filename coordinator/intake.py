@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import Decision, Refusal, RunCore
+from coordinator.machine import Machine
 from coordinator.metrics import Metrics
 from coordinator.publication import Publication
 from coordinator.refused import Refused
@@ -24,7 +24,7 @@ from coordinator.uploads import SpooledUpload, Uploads, upload_id
 from coordinator.workers import Workers
 from shared.codecs.kernels import square_sum
 from shared.errors import FormatError
-from shared.protocol import PART_BYTES, Code, OpenUpload, Outcome, Upload
+from shared.protocol import Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
 
 log = logging.getLogger(__name__)
@@ -56,31 +56,36 @@ class Intake:
         workers: Workers,
         metrics: Metrics,
         codec: str,
-        clock: Callable[[], float],
+        machine: Machine,
         carry_out: Callable[[list[Decision]], Awaitable[None]],
     ) -> None:
         self._core, self._store, self._reader, self._publication = core, store, reader, publication
-        self._workers, self._metrics, self._codec, self._clock = workers, metrics, codec, clock
-        self._carry_out = carry_out
+        self._workers, self._metrics, self._codec = workers, metrics, codec
+        self._clock, self._wall, self._carry_out = machine.clock, machine.wall, carry_out
         self._run, self._layout = store.run_id, store.layout
         self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
         self._turns: dict[str, asyncio.Lock] = {}
-        self._uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2)
+        self.uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2, disk=store.disk)
 
     async def open(self, site: str, message: OpenUpload) -> Upload:
         """Opens (or finds again) the upload of a contribution; one that brings its body is committed at once."""
         if message.site != site:
             raise Refused(Code.NOT_YOUR_SITE, f"site {site} cannot contribute as {message.site}")
         id_ = upload_id(message)
-        if (held := self._holding(message, id_)) is not None:
-            return Upload(id=id_, part_size=PART_BYTES, parts=[], outcome=Outcome(accepted=True, version=held))
+        held = self._known(site, id_)
+        if held is None:
+            held = self._holding(message, id_)
+        if held is not None:
+            return Upload(
+                id=id_, part_size=self.uploads.part_bytes, parts=[], outcome=Outcome(accepted=True, version=held)
+            )
         bound = self._bounds[message.fragment]
         if not 0 < message.size <= bound:
             raise Refused(
                 Code.TOO_LARGE,
                 f"a contribution of {message.size} bytes; fragment {message.fragment} needs 1 to {bound}",
             )
-        upload = self._uploads.open(id_, message.model_copy(update={"body": None}), self._clock())
+        upload = self.uploads.open(id_, message.model_copy(update={"body": None}), self._clock())
         outcome = None
         if message.body is not None:
             if len(message.body) != message.size or upload.part_count != 1:
@@ -90,7 +95,7 @@ class Intake:
             await self._write(upload, 0, 0, message.body)
             upload.parts.add(0)
             outcome = await self.commit(site, id_)
-        return Upload(id=id_, part_size=PART_BYTES, parts=sorted(upload.parts), outcome=outcome)
+        return Upload(id=id_, part_size=upload.part_bytes, parts=sorted(upload.parts), outcome=outcome)
 
     async def put_part(self, site: str, id_: str, part: int, pieces: AsyncIterator[bytes]) -> None:
         """Stores one part as it comes in, so that many slow links at once take no memory to speak of; the same part
@@ -110,9 +115,8 @@ class Intake:
 
     async def commit(self, site: str, id_: str) -> Outcome:
         """Accepts or refuses a finished upload; may be asked again, and then answers the same."""
-        stored = self._reader.contribution(id_)
-        if stored is not None and stored.contribution.site == site:
-            return Outcome(accepted=True, version=self._core.holding(stored.contribution.fragment, id_))
+        if (held := self._known(site, id_)) is not None:
+            return Outcome(accepted=True, version=held)
         upload = self._upload(site, id_)
         async with upload.lock:
             if (held := self._holding(upload.opening, id_)) is not None:
@@ -123,7 +127,7 @@ class Intake:
             try:
                 return await self._accept(upload)
             finally:
-                self._uploads.close(upload)
+                self.uploads.close(upload)
 
     async def _accept(self, upload: SpooledUpload) -> Outcome:
         opening = upload.opening
@@ -155,7 +159,7 @@ class Intake:
             )
         await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)
         await self._workers.write(
-            self._store.journal.accept, contribution, opening.digest, opening.size, screened.norm, time.time()
+            self._store.journal.accept, contribution, opening.digest, opening.size, screened.norm, self._wall()
         )
         version, decisions = self._core.accept(contribution, self._clock())
         self._metrics.accepted.labels(opening.site).inc()
@@ -185,6 +189,14 @@ class Intake:
             raise FormatError(f"its norm is beyond {LARGEST_NORM:g}, which no training survives")
         return Screened(header, float(squares) ** 0.5)
 
+    def _known(self, site: str, id_: str) -> int | None:
+        """The version that holds a contribution which is in the journal; however long ago it was accepted, a site that
+        asks again is told the same."""
+        stored = self._reader.contribution(id_)
+        if stored is None or stored.contribution.site != site:
+            return None
+        return stored.version or self._core.holding(stored.contribution.fragment, id_)
+
     def _holding(self, opening: OpenUpload, id_: str) -> int | None:
         """The version that holds this contribution already, or None where it may come. Raises Refused."""
         p = opening.fragment
@@ -199,7 +211,7 @@ class Intake:
         return verdict
 
     def _upload(self, site: str, id_: str) -> SpooledUpload:
-        upload = self._uploads.get(id_)
+        upload = self.uploads.get(id_)
         if upload is None or upload.opening.site != site:
             raise Refused(Code.UNKNOWN_UPLOAD, f"no upload {id_} is open; open it again")
         upload.touched = self._clock()
@@ -207,13 +219,13 @@ class Intake:
 
     def _require_open(self, upload: SpooledUpload) -> None:
         """An upload that was waited for may have been committed or dropped meanwhile. Raises Refused."""
-        if self._uploads.get(upload.id) is not upload:
+        if self.uploads.get(upload.id) is not upload:
             raise Refused(Code.UNKNOWN_UPLOAD, f"upload {upload.id} is no longer open; open it again")
 
     async def _write(self, upload: SpooledUpload, part: int, at: int, data: bytes) -> None:
         """Writes `data` at `at` of a part, unless the part is here already or the upload no longer open."""
         async with upload.lock:
-            if part in upload.parts or self._uploads.get(upload.id) is not upload:
+            if part in upload.parts or self.uploads.get(upload.id) is not upload:
                 return
             offset, _ = upload.part_range(part)
             try:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from coordinator.outer.step import OuterState
 from coordinator.refused import Refused
-from coordinator.store.files import write_durably
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.workers import Workers
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import Code
-from shared.wire import Header, encode_flat, tensor_table
+from shared.wire import Header, blob_digest, encode_flat, tensor_table
 
 SNAPSHOTS_KEPT = 4
 PUBLISHED_WITHIN_SECONDS = 30.0
@@ -93,13 +92,12 @@ class Publication:
         return self._store.blobs.path(round_.delta), round_.delta
 
     async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:
-        """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and ETag."""
+        """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and SHA-256."""
         self._check(fragment)
-        path = self._snapshot_path(fragment, version)
         newest = self.newest[fragment].version
         if version > newest:
             raise Refused(Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}", newest)
-        if not path.exists():
+        if (path := self._find_snapshot(fragment, version)) is None:
             try:
                 made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment)
             except OSError as error:
@@ -111,10 +109,14 @@ class Publication:
                 raise Refused(
                     Code.VERSION_GONE, f"version {version} of fragment {fragment} is superseded by {made}", made
                 )
-        return path, f"{self._run}-p{fragment}-v{version}"
+            path = self._find_snapshot(fragment, version)
+        if path is None:
+            raise Refused(Code.VERSION_GONE, f"version {version} of fragment {fragment} is gone", newest)
+        return path, path.stem.split("-")[2]
 
-    def _snapshot_path(self, fragment: int, version: int) -> Path:
-        return self._store.snapshots / f"p{fragment:04d}-v{version:09d}.isthmus"
+    def _find_snapshot(self, fragment: int, version: int) -> Path | None:
+        """The file of a snapshot, which has its SHA-256 in its name: pPPPP-vVVVVVVVVV-DIGEST.isthmus."""
+        return next(self._store.snapshots.glob(f"p{fragment:04d}-v{version:09d}-*.isthmus"), None)
 
     async def _until(self, fragment: int, version: int) -> None:
         """Until `version` is published; not for longer than a publication can take."""
@@ -129,8 +131,8 @@ class Publication:
         """On the merge thread, where the state stands still: a snapshot of the version that it has, which may be a
         moment from being published. Returns that version."""
         state = self._states[fragment]
-        version, path = state.version, self._snapshot_path(fragment, state.version)
-        if path.exists():
+        version = state.version
+        if self._find_snapshot(fragment, version) is not None:
             return version
         header = Header(
             kind="snapshot",
@@ -149,9 +151,10 @@ class Publication:
             sizes=[],
         )
         data = encode_flat(header, state.fragment, state.published, self._zstd_level)
-        write_durably(path, lambda beside: _write_bytes(beside, data))
+        path = self._store.snapshots / f"p{fragment:04d}-v{version:09d}-{blob_digest(data)}.isthmus"
+        self._store.disk.put(path, lambda beside: _write_bytes(beside, data))
         for old in sorted(self._store.snapshots.glob(f"p{fragment:04d}-v*.isthmus"))[:-SNAPSHOTS_KEPT]:
-            old.unlink(missing_ok=True)
+            self._store.disk.remove(old)
         return version
 
     def _check(self, fragment: int) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from coordinator.core.rounds import Policy
 from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
 from coordinator.history import History
 from coordinator.intake import Intake
+from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import OuterState, Stepped, warm_up
@@ -49,6 +50,8 @@ from shared.protocol import (
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
+INVITATIONS = 4
+"""Sessions that a site may have been given and not begun; more than one where an answer was lost."""
 
 
 def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
@@ -101,17 +104,20 @@ class Coordinator:
     be read, say); the daemon then exits, and a restart recovers or says what is broken.
     """
 
-    def __init__(self, config: RunConfig, store: StateDir, states: list[OuterState], workers: Workers) -> None:
+    def __init__(
+        self, config: RunConfig, store: StateDir, states: list[OuterState], workers: Workers, machine: Machine
+    ) -> None:
         self.config, self.store = config, store
         self.run_id, self.layout = store.run_id, store.layout
         self.metrics, self.workers = workers.metrics, workers
         self.core = RunCore(plan_of(config, store.sequence_tokens))
-        self.clock: Callable[[], float] = time.monotonic
+        self.clock, self._wall = machine.clock, machine.wall
         self.reader = Journal(store.journal.path, read_only=True)
         self.evaluations = self.reader.evaluations()
         if self.evaluations:
             self.metrics.eval_loss.set(self.evaluations[-1][1])
         self._history = History(Journal(store.journal.path, read_only=True))
+        self.tick_seconds = TICK_SECONDS
         self._looking_back = asyncio.Lock()
         self._rounds: list[dict[str, Any]] = []
         self.failure: asyncio.Future[None] = asyncio.Future()
@@ -124,7 +130,7 @@ class Coordinator:
             workers,
             self.metrics,
             config.wire.upload,
-            self.clock,
+            machine,
             self._carry_out,
         )
         self._states = states
@@ -136,21 +142,24 @@ class Coordinator:
         self._news = asyncio.Event()
         self._absurd: set[tuple[str, str]] = set()
         self._stalled: set[str] = set()
+        self._started = self.reader.meta("started") == "1"
+        """In the journal: a site that was told of a start which a crash undoes would train for nothing."""
+        self._invited: dict[str, deque[str]] = {}
         self._joined = {site.name for site in self.reader.sites()}
 
     # -- life
 
     @classmethod
-    async def open(cls, config: RunConfig, path: Path, base: Path) -> Coordinator:
+    async def open(cls, config: RunConfig, path: Path, base: Path, machine: Machine = MACHINE) -> Coordinator:
         """Holds the state directory; starts the run, or recovers it. Relative files in the config count from `base`.
 
         Raises ConfigError, CorruptError, OSError.
         """
-        store = StateDir.hold(path)
-        workers = Workers(Metrics())
+        store = StateDir.hold(path, machine.disk)
+        workers = Workers(Metrics(), machine)
         try:
-            states = await asyncio.to_thread(_open_states, config, store, workers, base)
-            coordinator = cls(config, store, states, workers)
+            states = await asyncio.to_thread(_open_states, config, store, workers, machine, base)
+            coordinator = cls(config, store, states, workers, machine)
         except BaseException:
             workers.shutdown()
             store.discard()
@@ -165,7 +174,7 @@ class Coordinator:
             accepted=((s.contribution, s.merged) for s in self.reader.contributions(newest_of_each=True)),
             roster=(site.name for site in sites if site.enrolled),
             active=((site.name, site.session or "") for site in sites if site.active),
-            started=self.reader.meta("started") == "1",
+            started=self._started,
             evaluated=max((tokens for tokens, _ in self.evaluations), default=-1),
             now=self.clock(),
         )
@@ -190,16 +199,16 @@ class Coordinator:
     # -- the control plane
 
     async def join(self, site: str, message: Join) -> Joined:
-        """Lets a site in under a new session, and tells it all that it needs to train."""
+        """A new session for a site, and all that it needs to train. The session begins with its first heartbeat: this
+        request may have been held up or repeated on its way, and must not end the session of an agent that lives."""
         if message.protocol != PROTOCOL:
             raise Refused(
                 Code.WRONG_PROTOCOL, f"site {site} speaks protocol {message.protocol}, this coordinator {PROTOCOL}"
             )
         session = uuid.uuid4().hex
-        await self.workers.write(self.store.journal.site_joined, site, session)
+        self._invited.setdefault(site, deque(maxlen=INVITATIONS)).append(session)
         self._joined.add(site)
-        await self._carry_out(self.core.join(site, session, self.clock()))
-        log.info("site %s joined (%s)", site, ", ".join(f"{k} {v}" for k, v in message.software.items()))
+        log.info("site %s joins (%s)", site, ", ".join(f"{k} {v}" for k, v in message.software.items()))
         return Joined(
             run=self.run_id,
             session=session,
@@ -229,8 +238,9 @@ class Coordinator:
         )
 
     async def heartbeat(self, site: str, message: Heartbeat) -> Orders:
-        """Renews the site's lease, takes its report, and answers with its orders."""
+        """Renews the site's lease, takes its report, and answers with its orders. A session's first one begins it."""
         self.check_run(message.run)
+        await self._begin_session(site, message.session)
         report = Report(
             state=message.state,
             steps=message.steps,
@@ -249,6 +259,20 @@ class Coordinator:
         if message.evaluation is not None:
             await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
         return self._orders(site)
+
+    async def _begin_session(self, site: str, session: str) -> None:
+        """A session that was given out begins; those that were given out before it never will."""
+        invited = self._invited.get(site, deque())
+        if session not in invited:
+            return
+        while invited.popleft() != session:
+            continue
+        try:
+            await self.workers.write(self.store.journal.site_joined, site, session)
+        except Refused:
+            invited.appendleft(session)
+            raise
+        await self._carry_out(self.core.join(site, session, self.clock()))
 
     def _note_absurd_reports(self) -> None:
         """Counts and names a site whose report is bounded, once until it is believable again."""
@@ -306,6 +330,7 @@ class Coordinator:
             match decision:
                 case StartRun(sites):
                     await durably(self.workers.writer, "the start", journal.start_run, sites)
+                    self._started = True
                     log.info("training starts with %s", ", ".join(sites))
                 case SiteActive(site, active, expired):
                     if expired:
@@ -325,7 +350,7 @@ class Coordinator:
                         decision.reason,
                         members,
                         rule_of(self.config, decision),
-                        time.time(),
+                        self._wall(),
                     )
                     task = asyncio.create_task(self._merge(decision))
                     self._merges.add(task)
@@ -349,7 +374,7 @@ class Coordinator:
         stepped = await workers.on(workers.merger, self._execute, p, version)
         merged = self.clock()
         digest = await workers.durably(workers.merger, "a delta", self.store.blobs.put, stepped.delta)
-        await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, time.time())
+        await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, self._wall())
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
         self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
         self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - began)
@@ -389,7 +414,7 @@ class Coordinator:
         while True:
             self._news.clear()
             wakeup = self.core.next_wakeup()
-            pause = TICK_SECONDS if wakeup is None else min(TICK_SECONDS, max(0.01, wakeup - self.clock()))
+            pause = self.tick_seconds if wakeup is None else min(self.tick_seconds, max(0.01, wakeup - self.clock()))
             due = self.clock() + pause
             try:
                 # What came in meanwhile may have brought the next time nearer.
@@ -412,7 +437,7 @@ class Coordinator:
         if not self.core.evaluated(site, tokens):
             log.info("not counted: an evaluation by %s at %d tokens, not asked for or not news", site, tokens)
             return
-        await self.workers.write(self.store.journal.evaluate, site, tokens, loss, time.time())
+        await self.workers.write(self.store.journal.evaluate, site, tokens, loss, self._wall())
         self.evaluations.append((tokens, loss))
         self.metrics.eval_loss.set(loss)
         log.info("eval loss %.4f at %d tokens (by %s)", loss, tokens, site)
@@ -423,7 +448,7 @@ class Coordinator:
         if pace is not None:
             self.metrics.site_pace.labels(site).set(pace)
         return Orders(
-            started=self.core.started,
+            started=self._started,
             finished=self.core.finished,
             peers=self.core.pacer.peers(site),
             pace=pace,
@@ -435,7 +460,9 @@ class Coordinator:
         )
 
 
-def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Path) -> list[OuterState]:
+def _open_states(
+    config: RunConfig, store: StateDir, workers: Workers, machine: Machine, base: Path
+) -> list[OuterState]:
     """The fragments' states: of a new run, or recovered."""
 
     def initial() -> Initial:
@@ -448,16 +475,16 @@ def _open_states(config: RunConfig, store: StateDir, workers: Workers, base: Pat
     warm_up()
 
     def publish(round_: StoredRound, stepped: Stepped) -> None:
-        store.journal.publish(round_.fragment, stepped, store.blobs.put(stepped.delta), time.time())
+        store.journal.publish(round_.fragment, stepped, store.blobs.put(stepped.delta), machine.wall())
 
-    began = time.monotonic()
+    began = machine.clock()
     checkpoints = store.checkpoints(config.store.keep_checkpoints)
     states = recover(
         store.layout, store.journal, store.blobs, checkpoints, store.run_id, store.embeddings, workers.chunks, publish
     )
     if strays := store.blobs.sweep(store.journal.needed_blobs()):
         log.info("removed %d blobs that nothing names", strays)
-    seconds, versions = time.monotonic() - began, [state.version for state in states]
+    seconds, versions = machine.clock() - began, [state.version for state in states]
     log.info("run %s: %s, versions %s, in %.2f s", store.run_id, "new" if new else "recovered", versions, seconds)
     return states
 

@@ -7,11 +7,11 @@ is uploaded, so a repeated open finds the upload that is already there.
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from shared.files import DISK, Disk
 from shared.protocol import PART_BYTES, OpenUpload
 
 IDLE_SECONDS = 3600.0
@@ -32,18 +32,20 @@ class SpooledUpload:
     id: str
     opening: OpenUpload
     path: Path
+    disk: Disk
+    part_bytes: int
     touched: float
     parts: set[int] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def part_count(self) -> int:
-        return -(-self.opening.size // PART_BYTES)
+        return -(-self.opening.size // self.part_bytes)
 
     def part_range(self, part: int) -> tuple[int, int]:
         """(offset, size) of a part in bytes."""
-        offset = part * PART_BYTES
-        return offset, min(PART_BYTES, self.opening.size - offset)
+        offset = part * self.part_bytes
+        return offset, min(self.part_bytes, self.opening.size - offset)
 
     @property
     def complete(self) -> bool:
@@ -51,20 +53,15 @@ class SpooledUpload:
 
     def write(self, offset: int, data: bytes) -> None:
         """Writes `data` at its place. Raises OSError. Not synced: the commit does that once."""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, data[written:], offset + written)
-        finally:
-            os.close(descriptor)
+        self.disk.write_at(self.path, offset, data)
 
 
 class Uploads:
     """The uploads in progress, by id; at most `per_site` of each site, the longest idle one giving way."""
 
-    def __init__(self, directory: Path, per_site: int) -> None:
-        self.directory, self.per_site = directory, per_site
+    def __init__(self, directory: Path, per_site: int, disk: Disk = DISK) -> None:
+        self.directory, self.per_site, self._disk = directory, per_site, disk
+        self.part_bytes = PART_BYTES
         self._open: dict[str, SpooledUpload] = {}
 
     def get(self, id_: str) -> SpooledUpload | None:
@@ -74,7 +71,7 @@ class Uploads:
         upload = self._open.get(id_)
         if upload is None:
             self._drop_idle(opening.site, now)
-            upload = SpooledUpload(id_, opening, self.directory / id_, now)
+            upload = SpooledUpload(id_, opening, self.directory / id_, self._disk, self.part_bytes, now)
             self._open[id_] = upload
         upload.opening = opening  # the newest session of the site may go on with what an earlier one began
         upload.touched = now
@@ -83,7 +80,7 @@ class Uploads:
     def close(self, upload: SpooledUpload) -> None:
         """Forgets the upload and removes what is left of its spool."""
         self._open.pop(upload.id, None)
-        upload.path.unlink(missing_ok=True)
+        self._disk.remove(upload.path)
 
     def _drop_idle(self, site: str, now: float) -> None:
         for upload in [u for u in self._open.values() if now - u.touched > IDLE_SECONDS and not u.lock.locked()]:

@@ -11,9 +11,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import ParamSpec, TypeVar
 
+from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
 from coordinator.refused import Refused
 from shared.errors import FaultError
@@ -27,16 +28,16 @@ T = TypeVar("T")
 class Workers:
     """The coordinator's thread pools. `storage_fault` is the newest unmended refusal of the disk."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.writer = ThreadPoolExecutor(1, "journal")
-        self.merger = ThreadPoolExecutor(1, "merge")
-        self.screeners = ThreadPoolExecutor(2, "screen")
-        self.chunks = ThreadPoolExecutor(os.cpu_count() or 1, "chunks")
+    def __init__(self, metrics: Metrics, machine: Machine = MACHINE) -> None:
+        self.writer = machine.pool(1, "journal")
+        self.merger = machine.pool(1, "merge")
+        self.screeners = machine.pool(2, "screen")
+        self.chunks = machine.pool(os.cpu_count() or 1, "chunks")
         self.storage_fault: str | None = None
         self.stopping = asyncio.Event()
         self.metrics = metrics
 
-    async def on(self, pool: ThreadPoolExecutor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def on(self, pool: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function(…)` on a thread of `pool`."""
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
 
@@ -50,7 +51,7 @@ class Workers:
         return result
 
     async def durably(
-        self, pool: ThreadPoolExecutor, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+        self, pool: Executor, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """A write that must happen for the run to go on: tried again until the disk takes it, or `stopping` is
         set; then FaultError, and the next start does it."""

@@ -1,4 +1,4 @@
-"""`isthmus demo`, `link` and `sample`: what a person runs without a fleet."""
+"""`isthmus demo`, `link`, `sample` and `simulate`: what a person runs without a fleet."""
 
 from __future__ import annotations
 
@@ -62,7 +62,20 @@ def sample(
     print(sample_text(state_dir, prompt, tokens, seed))
 
 
+@command
+def simulate(
+    schedules: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many seeded schedules.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="The first one; the others follow.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
+    trace: Annotated[bool, typer.Option(help="Say everything that happens. For a schedule or two.")] = False,
+) -> None:
+    """Run the coordinator and its sites through imagined faults, in virtual time, and check what must always hold."""
+    from lab.simulator.simulate import run_simulation
+
+    run_simulation(range(seed, seed + schedules), jobs, trace)
+
+
 def add_commands(app: typer.Typer) -> None:
     """Adds these commands to the top level of `app`."""
-    for function in (demo, link, sample):
+    for function in (demo, link, sample, simulate):
         app.command()(function)

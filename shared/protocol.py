@@ -41,6 +41,7 @@ class Code(StrEnum):
     """Why something was refused. What a site does about each stands in docs/protocol.md."""
 
     BAD_REQUEST = "bad-request"
+    CUT = "cut"
     TOO_LARGE = "too-large"
     NOT_FOUND = "not-found"
     UNAUTHORIZED = "unauthorized"

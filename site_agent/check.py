@@ -21,6 +21,7 @@ from site_agent.agent import CALIBRATION_SECONDS, CALIBRATION_STEPS, credentials
 from site_agent.link import Link
 from site_agent.training.devices import choose_device, describe, set_threads
 from site_agent.training.trainer import Trainer
+from site_agent.transport import Http
 
 PINGS = 5
 
@@ -52,7 +53,7 @@ def check(config: SiteConfig) -> None:
 
 async def _ask(config: SiteConfig) -> tuple[Preview, float, float]:
     """The run as the coordinator would give it to this site, the median round trip in seconds, and bytes/s down."""
-    async with Link(config.site.coordinator, credentials_of(config), patience=0.0) as link:
+    async with Link(Http(config.site.coordinator, credentials_of(config)), config.site.name, patience=0.0) as link:
         preview = await link.preview()
         trips = []
         for _ in range(PINGS):

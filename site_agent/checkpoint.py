@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shared.errors import ConfigError
+from shared.files import DISK, Disk
 from site_agent.core.budget import Progress
 from site_agent.core.schedule import Cycle
 from site_agent.core.site import FragmentView, InFlight, Settings, SiteCore
@@ -32,21 +31,28 @@ log = logging.getLogger(__name__)
 KEPT = 2
 
 
-def save(directory: Path, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+def save(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], disk: Disk = DISK
+) -> None:
     """Writes the checkpoint of `step` durably and drops all but the last two. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    final, beside = directory / f"step-{step:012d}", directory / f".step-{step:012d}"
-    shutil.rmtree(beside, ignore_errors=True)
+    for leftover in directory.glob(".step-*"):
+        disk.remove(leftover)
+    # A second one of the same step (a site that waits trains none) must not take the place of the first before it is
+    # there.
+    final = directory / f"step-{step:012d}.{len(list(directory.glob(f'step-{step:012d}.*'))):04d}"
+    beside = directory / f".{final.name}"
     beside.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
-    (beside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    for path in (*beside.iterdir(), beside):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _sync(directory)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    disk.write(beside / "tensors.safetensors", lambda path: save_file(contiguous, path))
+    disk.write(beside / "manifest.json", lambda path: _write_text(path, json.dumps(manifest)))
+    for path in beside.iterdir():
+        disk.sync(path)
+    disk.sync_directory(beside)
+    disk.rename(beside, final)
+    disk.sync_directory(directory)
     for old in sorted(directory.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        disk.remove(old)
 
 
 def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -68,6 +74,19 @@ def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str,
             )
         return tensors, manifest
     return None
+
+
+def oldest_record(directory: Path) -> int:
+    """The number of the oldest contribution in the outbox that a kept checkpoint may need; 0 where none can say."""
+    oldest = []
+    for path in directory.glob("step-*"):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            pending = [number for numbers in manifest["outbox"]["pending"].values() for number in numbers]
+            oldest.append(min([manifest["outbox"]["next_number"], *pending, *manifest["numbers"].values()]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            oldest.append(0)
+    return min(oldest, default=0)
 
 
 def pack_core(core: SiteCore) -> dict[str, Any]:
@@ -147,9 +166,5 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -22,7 +22,8 @@ def run(site: SiteArgument) -> None:
     """Join a run and train until it is finished."""
     config = load_site(site)
     set_up_logging()
-    from site_agent.agent import Agent, Stopped
+    from site_agent.agent import Agent
+    from site_agent.learner import Stopped
 
     agent = Agent(config)
     agent.stop_on_signals()

@@ -9,7 +9,7 @@ import numpy as np
 from shared.config import WireTable
 from shared.errors import FaultError
 from shared.fragments import CHUNK_ELEMENTS, F32, Fragment
-from shared.wire import Header, encode_flat, tensor_table
+from shared.wire import Header, encode_flat, open_container, tensor_table
 
 
 class DivergedError(FaultError):
@@ -28,7 +28,10 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None)."""
+    """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None).
+
+    `number` is its place in the outbox. `recorded`: it was sent before a restart, and is sent again as it was.
+    """
 
     fragment: int
     anchor: Anchor
@@ -36,14 +39,14 @@ class Parcel:
     residual: F32 | None
     tokens: int
     steps: int
+    number: int = 0
+    recorded: bool = False
 
 
 def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
     """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
     lost of it, fp32 (fragment.size,), or None where the run keeps none. Raises DivergedError where Δ is not finite."""
-    delta = parcel.anchor.flat - parcel.snapshot
-    if parcel.residual is not None:
-        delta += parcel.residual
+    delta = _delta(parcel)
     header = Header(
         kind="contribution",
         run=run,
@@ -67,3 +70,20 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         raise DivergedError(
             f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
         ) from None
+
+
+def left_of(parcel: Parcel, fragment: Fragment, body: bytes) -> F32:
+    """What is left of Δ = Θ̂ − θ_s plus the error feedback so far, once `body` is delivered, which was made of another
+    training of the same steps: fp32 (fragment.size,). The bits of `encode`'s where both came to the same."""
+    left = _delta(parcel)
+    with open_container(body, fragment) as container:
+        for section, chunk in enumerate(container.chunks):
+            container.accumulate(section, -1.0, left[chunk.start : chunk.stop])
+    return left
+
+
+def _delta(parcel: Parcel) -> F32:
+    delta = parcel.anchor.flat - parcel.snapshot
+    if parcel.residual is not None:
+        delta += parcel.residual
+    return delta

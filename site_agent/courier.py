@@ -1,8 +1,9 @@
-"""The courier: everything that a site does with the network, in a thread beside the training.
+"""The courier: everything that a site does with the network, beside the training.
 
-The agent hands it contributions and asks for versions; what becomes of them comes back as events on a
-queue that the agent looks at between steps. An anchor is never changed in place: the courier builds the
-next one in a new array, checks its digest, and passes it over whole.
+The learner hands it contributions and asks for versions; what becomes of them comes back as events that the
+learner looks at between steps. An anchor is never changed in place: the courier builds the next one in a new
+array, checks its digest, and passes it over whole. `Courier` works on whatever event loop it is called on;
+`CourierThread` gives it one of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +26,14 @@ from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import F32, Fragment, Layout, digest_flat
 from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
 from shared.wire import blob_digest, open_container
-from site_agent.contribution import Anchor, Parcel, encode
+from site_agent.contribution import Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
-from site_agent.link import Credentials, Link, Refusal, backoff
+from site_agent.link import Link, Refusal, backoff
 from site_agent.metrics import Metrics
+from site_agent.outbox import Outbox
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 HEARTBEATS_PER_LEASE = 15
 READY_HEARTBEAT_SECONDS = 0.25
@@ -95,37 +98,29 @@ Event = Accepted | ArrivedAnchor | Ordered | Failed | Stop
 
 
 class Courier:
-    """Runs the event loop of the network in a thread. `report` is read with each heartbeat; set it whole."""
+    """Errands on one event loop. `post` takes the events; `report` is read with each heartbeat: set it whole."""
 
-    def __init__(self, url: str, who: Credentials, metrics: Metrics, join_patience: float, patience: float) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    def __init__(self, link: Link, site: str, metrics: Metrics, post: Callable[[Event], None]) -> None:
         self.report = Report("preparing")
+        self.repairs = 0
+        self.evaluates = True
+        self.soon_seconds = READY_HEARTBEAT_SECONDS
+        self._link, self._site, self._metrics, self._post = link, site, metrics, post
         self._evaluation: Evaluation | None = None
-        self._url, self._who, self._metrics = url, who, metrics
-        self._join_patience, self._patience = join_patience, patience
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="courier", daemon=True)
         self._jobs: set[asyncio.Task[None]] = set()
         self._session = ""
         self._rejoining = asyncio.Lock()
-        self._link: Link
         self._joined: Joined
         self._layout: Layout
         self._wire: WireTable
+        self._outbox: Outbox
         self._follows = False
-        self.repairs = 0
-        self.evaluates = True
 
-    # -- called by the agent's thread
+    # -- called by the learner, who never waits for them
 
-    def join(self) -> Joined:
-        """Starts the thread and joins the run. Raises RefusedError, FaultError, ConfigError."""
-        self._thread.start()
-        return self._call(self._begin())
-
-    def begin_exchange(self, layout: Layout, wire: WireTable) -> None:
+    def begin_exchange(self, layout: Layout, wire: WireTable, outbox: Outbox) -> None:
         """What it needs to know of the run before contributions and versions can travel."""
-        self._layout, self._wire = layout, wire
+        self._layout, self._wire, self._outbox = layout, wire, outbox
 
     def send(self, parcel: Parcel) -> None:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
@@ -148,39 +143,31 @@ class Courier:
         """Reports an evaluation with the next heartbeat."""
         self._evaluation = evaluation
 
-    def ask_orders(self) -> Orders | None:
+    # -- life
+
+    async def join(self, patience: float) -> Joined:
+        """Joins the run and begins to send heartbeats. Raises RefusedError, FaultError, ConfigError."""
+        await self._link.__aenter__()
+        begun = False
+        while not begun:
+            self._joined = await self._link.join(_software(), patience)
+            self._session = self._joined.session
+            begun = await self._begin_session()
+        self._follows = received_run(self._joined.config).rounds.pacing == "follow"
+        self._spawn(self._heartbeats())
+        return self._joined
+
+    async def ask_orders(self) -> Orders | None:
         """A heartbeat now, and the orders that it brings; None where the coordinator does not answer soon."""
-        heartbeat = self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
         try:
-            return asyncio.run_coroutine_threadsafe(heartbeat, self._loop).result()
+            return await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
         except IsthmusError as error:
             log.warning("no orders: %s", error)
             return None
 
-    def close(self) -> None:
-        """Leaves the run, if it can within a few seconds, and ends the thread."""
-        if not self._thread.is_alive():
-            return
-        try:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=LEAVE_SECONDS + 5)
-        except (TimeoutError, IsthmusError) as error:
-            log.warning("left without a goodbye: %s", error)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    # -- life of the loop
-
-    async def _begin(self) -> Joined:
-        self._link = await Link(self._url, self._who, self._patience, self._count).__aenter__()
-        self._joined = await self._link.join(_software(), self._join_patience)
-        self._follows = received_run(self._joined.config).rounds.pacing == "follow"
-        self._session = self._joined.session
-        self._spawn(self._heartbeats())
-        return self._joined
-
-    async def _end(self) -> None:
-        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+    async def leave(self) -> None:
+        """Ends all errands, and leaves the run if it can within a few seconds."""
+        under_way = list(self._jobs)
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
@@ -190,29 +177,23 @@ class Courier:
                     # A last report, so that the books close on what was really done.
                     await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
                     await self._link.leave(self._session, LEAVE_SECONDS)
+        except (TimeoutError, IsthmusError) as error:
+            log.warning("left without a goodbye: %s", error)
         finally:
-            if hasattr(self, "_link"):
-                await self._link.__aexit__()
-
-    def _call(self, coroutine: Coroutine[Any, Any, Joined]) -> Joined:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            await self._link.__aexit__()
 
     def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._spawn(job()))
+        self._spawn(job())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine)
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._jobs.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._jobs.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.events.put(Failed(error))
-
-    def _count(self, up: int, down: int) -> None:
-        self._metrics.bytes_up.inc(up)
-        self._metrics.bytes_down.inc(down)
+            self._post(Failed(error))
 
     # -- heartbeats
 
@@ -233,12 +214,12 @@ class Courier:
             if evaluation is not None and evaluation is self._evaluation:
                 self._evaluation = None
             if orders != last:
-                self.events.put(Ordered(orders))
+                self._post(Ordered(orders))
                 last = _without_evaluation(orders)
             pause = self._joined.lease_seconds / HEARTBEATS_PER_LEASE
             if report.state != "training" or self._follows:
                 # Who wants to join rounds that are about to close must hear of them in time.
-                pause = min(pause, READY_HEARTBEAT_SECONDS)
+                pause = min(pause, self.soon_seconds)
             await asyncio.sleep(pause)
 
     def _heartbeat(self, report: Report, evaluation: Evaluation | None) -> Heartbeat:
@@ -265,26 +246,37 @@ class Courier:
                 return
             run = self._link.run
             log.warning("the lease was lost; joining again")
-            joined = await self._link.join(_software())
-            if joined.run != run:
-                raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
-            if joined.config != self._joined.config:
-                raise RefusedError("config-changed", "the run's config was changed; start this agent again")
-            self._session = joined.session
+            begun = False
+            while not begun:
+                joined = await self._link.join(_software())
+                if joined.run != run:
+                    raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
+                if joined.config != self._joined.config:
+                    raise RefusedError("config-changed", "the run's config was changed; start this agent again")
+                self._session = joined.session
+                begun = await self._begin_session()
+
+    async def _begin_session(self) -> bool:
+        """A session begins with its first heartbeat, and uploads wait for it; whether the coordinator still knew it."""
+        try:
+            await self._link.heartbeat(self._heartbeat(self.report, None))
+        except Refusal as refusal:
+            if refusal.code != Code.NOT_A_MEMBER:
+                raise
+            return False
+        return True
 
     # -- contributions
 
     async def _deliver(self, parcel: Parcel) -> None:
-        p, base = parcel.fragment, parcel.anchor.version
-        body, residual = await asyncio.to_thread(
-            encode, parcel, self._layout.fragments[p], self._wire, self._link.run, self._who.site
-        )
+        p = parcel.fragment
+        body, base, residual = await asyncio.to_thread(self._prepare, parcel)
         digest = blob_digest(body)
         while True:
             session = self._session
             opening = OpenUpload(
                 run=self._link.run,
-                site=self._who.site,
+                site=self._site,
                 session=session,
                 fragment=p,
                 base_version=base,
@@ -306,23 +298,51 @@ class Courier:
                     case Code.WRONG_DIGEST:
                         log.warning("a contribution was damaged on its way; sending it again")
                     case Code.ALREADY_CONTRIBUTED:
-                        # Another encoding of this cycle was accepted, by this site before it lost its memory: what that
-                        # one left out is not known.
-                        version, residual = max(base + 1, newest), None
+                        # By this site before a restart. Where these are not the very same bytes (it has lost its
+                        # memory), what the others left out is not known.
+                        version, residual = max(base + 1, newest), residual if parcel.recorded else None
                         break
                     case Code.RUN_FINISHED:
+                        await asyncio.to_thread(self._forget, parcel)
                         await self._bring(p, parcel.anchor, newest, "overwrite")
                         return
                     case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE:
                         log.warning("fragment %d is aligned anew: %s", p, refusal.detail)
+                        # First: a contribution that comes up again after a restart counts as delivered.
+                        await asyncio.to_thread(self._forget, parcel)
                         anchor = None if refusal.code != Code.TOO_STALE else parcel.anchor
                         await self._bring(p, anchor, newest, "rebase")
                         return
                     case _:
                         raise
         self._metrics.accepted.inc()
-        self.events.put(Accepted(p, version, residual))
+        self._post(Accepted(p, version, residual))
         await self._bring(p, parcel.anchor, version, "align")
+
+    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, F32 | None]:
+        """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
+        the outbox from here on."""
+        p, base = parcel.fragment, parcel.anchor.version
+        fragment = self._layout.fragments[p]
+        recorded = self._outbox.read(parcel.number, p) if parcel.recorded else None
+        if recorded is not None:
+            with open_container(recorded, fragment) as container:
+                base = container.header.base_version
+            return recorded, base, left_of(parcel, fragment, recorded) if self._wire.error_feedback else None
+        body, residual = encode(parcel, fragment, self._wire, self._link.run, self._site)
+        try:
+            self._outbox.put(parcel.number, p, body)
+        except OSError as error:
+            log.error(
+                "a contribution is not in the outbox (%s): if this agent is killed, its steps count as lost", error
+            )
+        return body, base, residual
+
+    def _forget(self, parcel: Parcel) -> None:
+        try:
+            self._outbox.drop(parcel.number, parcel.fragment)
+        except OSError as error:
+            log.error("a refused contribution stays in the outbox: %s", error)
 
     # -- versions
 
@@ -333,7 +353,7 @@ class Courier:
         while anchor.version < version:
             # A snapshot is of what is published; what is not published yet comes as deltas.
             anchor = await self._by_deltas(p, anchor, version) or await self._by_snapshot(p, version)
-        self.events.put(ArrivedAnchor(p, anchor, how))
+        self._post(ArrivedAnchor(p, anchor, how))
 
     async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
         """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
@@ -386,6 +406,43 @@ class Courier:
         if digest != header.digest:
             raise FormatError(f"version {header.version} came out as {digest} and not {header.digest}")
         return Anchor(header.version, digest, header.tokens, flat)
+
+
+class CourierThread(Courier):
+    """The same in a thread of its own, for a caller that trains meanwhile. What it asks for and needs the answer of,
+    it waits for."""
+
+    def __init__(self, link: Link, site: str, metrics: Metrics) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        super().__init__(link, site, metrics, self.events.put)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="courier", daemon=True)
+
+    def begin(self, patience: float) -> Joined:
+        """Starts the thread and joins the run. Raises RefusedError, FaultError, ConfigError."""
+        self._thread.start()
+        return self._wait_for(self.join(patience))
+
+    def orders(self) -> Orders | None:
+        return self._wait_for(self.ask_orders())
+
+    def close(self) -> None:
+        """Leaves the run, if it can within a few seconds, and ends the thread."""
+        if not self._thread.is_alive():
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self.leave(), self._loop).result(timeout=LEAVE_SECONDS + 5)
+        except TimeoutError:
+            log.warning("left without a goodbye: the connections do not close")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait_for(self, errand: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(errand, self._loop).result()
+
+    def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._spawn(job()))
 
 
 def _without_evaluation(orders: Orders) -> Orders:

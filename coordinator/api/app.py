@@ -235,7 +235,8 @@ class Api:
                 yield piece
         except web.RequestPayloadError as error:
             reason = " ".join(str(error).split())
-            raise Refused(Code.BAD_REQUEST, f"the body cannot be read: {reason}") from error
+            code = Code.BAD_REQUEST if "Content-Encoding" in request.headers else Code.CUT
+            raise Refused(code, f"the body cannot be read: {reason}") from error
 
     def _immutable(self, request: web.Request, path: Path, digest: str) -> web.StreamResponse:
         """A file that never changes, for caches on the way too; Range and If-None-Match work."""

@@ -22,6 +22,7 @@ STATUS = {
     Code.WRONG_DIGEST: 400,
     Code.WRONG_PROTOCOL: 400,
     Code.UNAUTHORIZED: 401,
+    Code.CUT: 408,
     Code.NOT_YOUR_SITE: 403,
     Code.NOT_FOUND: 404,
     Code.NOT_PUBLISHED: 404,

@@ -7,11 +7,15 @@ it was superseded, because a restarted agent must get in at once and two must ne
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 LEASE_SECONDS = 30.0
 """Long enough for several lost heartbeats, short enough that a dead site holds a round for half a minute."""
+
+ENDED = 8
+"""Sessions of each site that are remembered as ended by a newer one."""
 
 State = Literal["preparing", "ready", "training"]
 
@@ -51,16 +55,21 @@ class Membership:
     def __init__(self, lease_seconds: float = LEASE_SECONDS) -> None:
         self.lease_seconds = lease_seconds
         self.live: dict[str, Member] = {}
+        self._ended: dict[str, deque[str]] = {}
 
     def join(self, site: str, session: str, now: float, state: State = "preparing") -> None:
         """`site` under a new session; an older session of that name ends here."""
+        if (before := self.live.get(site)) is not None and before.session != session:
+            self._ended.setdefault(site, deque(maxlen=ENDED)).append(before.session)
         self.live[site] = Member(site, session, now + self.lease_seconds, Report(state), now)
 
     def standing(self, site: str, session: str) -> Literal["member", "superseded", "unknown"]:
+        """Superseded only where a newer session is known to have ended this one; one that is not known may have been
+        forgotten by a restart."""
         member = self.live.get(site)
-        if member is None:
-            return "unknown"
-        return "member" if member.session == session else "superseded"
+        if member is not None and member.session == session:
+            return "member"
+        return "superseded" if session in self._ended.get(site, ()) else "unknown"
 
     def renew(self, site: str, now: float) -> None:
         """A sign of life: a heartbeat, or bytes of an upload."""

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from coordinator.outer.step import Digests, OuterState
-from coordinator.store.files import write_durably
 from shared.errors import CorruptError
+from shared.files import DISK, Disk
 from shared.fragments import Fragment
 
 SLOT = "slot."
@@ -36,8 +36,8 @@ class Entry:
 class Checkpoints:
     """The checkpoint files of one run, in one directory."""
 
-    def __init__(self, directory: Path, run: str, keep: int) -> None:
-        self.directory, self.run, self.keep = directory, run, keep
+    def __init__(self, directory: Path, run: str, keep: int, disk: Disk = DISK) -> None:
+        self.directory, self.run, self.keep, self._disk = directory, run, keep, disk
 
     def entries(self, fragment: int) -> list[Entry]:
         """The fragment's kept checkpoints, newest first. Raises CorruptError where the manifest is unreadable."""
@@ -63,14 +63,14 @@ class Checkpoints:
         tensors = {"master": state.master, "published": state.published}
         tensors |= {SLOT + name: values for name, values in state.slots.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_durably(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
+        self._disk.put(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
         mine = [entry, *(e for e in self.entries(entry.fragment) if e.version != entry.version)]
         others = [e for e in self._manifest() if e.fragment != entry.fragment]
         kept, dropped = mine[: self.keep], mine[self.keep :]
         listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in (*others, *kept)]}, indent=1)
-        write_durably(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
+        self._disk.put(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
         for entry in dropped:
-            (self.directory / entry.file).unlink(missing_ok=True)
+            self._disk.remove(self.directory / entry.file)
 
     def load(self, entry: Entry, fragment: Fragment) -> OuterState:
         """The state in a checkpoint, verified. Raises CorruptError naming the file."""

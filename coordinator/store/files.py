@@ -1,40 +1,13 @@
-"""Durable files: written beside, synced, renamed, so that a file is either whole or not there."""
+"""Blobs: immutable files that are named by what is in them."""
 
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 from shared.errors import CorruptError
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames within `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary file beside `path`; it is synced and takes that name. Raises OSError."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        write(beside)
-        descriptor = os.open(beside, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        beside.rename(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+from shared.files import DISK, Disk
 
 
 def tree_bytes(directory: Path) -> int:
@@ -52,8 +25,8 @@ def tree_bytes(directory: Path) -> int:
 class Blobs:
     """Immutable files named by their SHA-256: `blobs/ab/abcdef…`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, disk: Disk = DISK) -> None:
+        self.directory, self._disk = directory, disk
 
     def path(self, digest: str) -> Path:
         return self.directory / digest[:2] / digest
@@ -67,19 +40,15 @@ class Blobs:
         digest = sha256(data).hexdigest()
         if not self.has(digest, len(data)):
             self._prepare(digest)
-            write_durably(self.path(digest), lambda beside: _fill(beside, data))
+            self._disk.put(self.path(digest), lambda beside: _fill(beside, data))
         return digest
 
     def adopt(self, source: Path, digest: str) -> None:
         """Moves the finished file `source`, whose digest the caller has checked, into place, durably."""
         self._prepare(digest)
-        descriptor = os.open(source, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        source.rename(self.path(digest))
-        sync_directory(self.path(digest).parent)
+        self._disk.sync(source)
+        self._disk.rename(source, self.path(digest))
+        self._disk.sync_directory(self.path(digest).parent)
 
     def verify(self, digest: str) -> Path:
         """The blob's path, once its bytes have been found to match. Raises CorruptError."""
@@ -94,20 +63,20 @@ class Blobs:
         return path
 
     def remove(self, digest: str) -> None:
-        self.path(digest).unlink(missing_ok=True)
+        self._disk.remove(self.path(digest))
 
     def sweep(self, needed: set[str]) -> int:
         """Removes every blob that is not `needed` (a crash can leave one between its file and its row); how many."""
         strays = [path for path in self.directory.glob("??/*") if path.name not in needed]
         for path in strays:
-            path.unlink(missing_ok=True)
+            self._disk.remove(path)
         return len(strays)
 
     def _prepare(self, digest: str) -> None:
         parent = self.path(digest).parent
         if not parent.is_dir():
             parent.mkdir(parents=True, exist_ok=True)
-            sync_directory(self.directory)
+            self._disk.sync_directory(self.directory)
 
 
 def file_digest(path: Path) -> str:

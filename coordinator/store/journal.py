@@ -19,6 +19,7 @@ from coordinator.core.rounds import Contribution
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import Digests, Stepped
 from shared.errors import ConfigError, CorruptError
+from shared.files import DISK, Disk
 
 SCHEMA_VERSION = 2
 _SCHEMA = f"""
@@ -50,15 +51,20 @@ COMMIT;
 """
 
 
+_CONTRIBUTIONS = "SELECT c.*, r.version AS version FROM contributions c LEFT JOIN rounds r ON c.round = r.seq"
+
+
 @dataclass(frozen=True)
 class StoredContribution:
-    """A contribution's row: what the core knows, and where its bytes are."""
+    """A contribution's row: what the core knows, and where its bytes are. `version` is that of its round, where that is
+    closed and still known."""
 
     contribution: Contribution
     blob: str
     size: int
     norm: float
     merged: bool
+    version: int | None
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,9 @@ class SiteRow:
 class Journal:
     """One connection to the journal. Not for use by two threads at once."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, disk: Disk = DISK) -> None:
         """Opens (and, unless `read_only`, creates) the journal. Raises CorruptError."""
-        self.path = path
+        self.path, self._disk = path, disk
         uri = f"{path.resolve().as_uri()}{'?mode=ro' if read_only else ''}"
         with self._reading():
             self._db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
@@ -280,15 +286,15 @@ class Journal:
             )
 
     def contribution(self, id_: str) -> StoredContribution | None:
-        row = self._one("SELECT * FROM contributions WHERE id = ?", id_)
+        row = self._one(_CONTRIBUTIONS + " WHERE c.id = ?", id_)
         return None if row is None else _contribution(row)
 
     def contributions(self, *, newest_of_each: bool = False) -> list[StoredContribution]:
         """In order of acceptance: those that no round holds, and with `newest_of_each` the last one of each
         site and fragment besides."""
-        newest = "OR seq IN (SELECT MAX(seq) FROM contributions GROUP BY site, fragment)" if newest_of_each else ""
+        newest = "OR c.seq IN (SELECT MAX(seq) FROM contributions GROUP BY site, fragment)" if newest_of_each else ""
         with self._reading():
-            rows = self._db.execute(f"SELECT * FROM contributions WHERE round IS NULL {newest} ORDER BY seq").fetchall()
+            rows = self._db.execute(f"{_CONTRIBUTIONS} WHERE c.round IS NULL {newest} ORDER BY c.seq").fetchall()
         return [_contribution(row) for row in rows]
 
     def rounds(self, fragment: int, after: int) -> list[StoredRound]:
@@ -401,13 +407,18 @@ class Journal:
                 raise
 
     def _commit(self, name: str) -> None:
-        self._db.execute("COMMIT")
+        self._disk.commit(name, lambda: self._db.execute("COMMIT"))
 
 
 def _contribution(row: sqlite3.Row) -> StoredContribution:
     fields = (row[key] for key in ("id", "site", "fragment", "base_version", "tokens", "steps"))
     return StoredContribution(
-        Contribution(*fields), row["blob"], row["size"], row["norm"], merged=row["round"] is not None
+        Contribution(*fields),
+        row["blob"],
+        row["size"],
+        row["norm"],
+        merged=row["round"] is not None,
+        version=row["version"],
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal
 from shared.config import RunConfig
 from shared.errors import ConfigError, CorruptError
+from shared.files import DISK, Disk
 from shared.fragments import F32, Layout
 
 
@@ -39,8 +39,8 @@ class Initial:
 class StateDir:
     """An opened state directory. `run_id`, `layout` and `checkpoints` are there once it belongs to a run."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, read_only: bool = False, disk: Disk = DISK) -> None:
+        self.path, self.disk = path, disk
         self._lock: int | None = None
         self._made = (False, False)
         if read_only:
@@ -48,13 +48,13 @@ class StateDir:
                 raise ConfigError(f"{path} is not a coordinator's state directory: it has no journal.sqlite")
         else:
             _make_directory(path)
-        self.journal = Journal(path / "journal.sqlite", read_only=read_only)
-        self.blobs = Blobs(path / "blobs")
+        self.journal = Journal(path / "journal.sqlite", read_only=read_only, disk=disk)
+        self.blobs = Blobs(path / "blobs", disk)
         self.snapshots = path / "snapshots"
         self.uploads = path / "uploads"
 
     @classmethod
-    def hold(cls, path: Path) -> StateDir:
+    def hold(cls, path: Path, disk: Disk = DISK) -> StateDir:
         """Opens `path` for a coordinator: no other may hold it. Raises ConfigError naming who does."""
         existed, empty = path.exists(), not (path / "journal.sqlite").exists()
         _make_directory(path)
@@ -71,7 +71,7 @@ class StateDir:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         try:
-            state = cls(path)
+            state = cls(path, disk=disk)
         except BaseException:
             os.close(descriptor)
             raise
@@ -79,7 +79,7 @@ class StateDir:
         state._made = (not existed, empty)
         for directory in (state.blobs.directory, state.snapshots):
             directory.mkdir(exist_ok=True)
-        shutil.rmtree(state.uploads, ignore_errors=True)
+        disk.remove(state.uploads)
         state.uploads.mkdir()
         return state
 
@@ -90,10 +90,7 @@ class StateDir:
         self.close()
         if nothing_came_of_it:
             for entry in self.path.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.unlink(missing_ok=True)
+                self.disk.remove(entry)
             if directory_is_new:
                 self.path.rmdir()
 
@@ -145,7 +142,7 @@ class StateDir:
         return digests[fragment]
 
     def checkpoints(self, keep: int) -> Checkpoints:
-        return Checkpoints(self.path / "checkpoints", self.run_id, keep)
+        return Checkpoints(self.path / "checkpoints", self.run_id, keep, self.disk)
 
     def adopt_run(self, config: RunConfig, base: Path, build: Callable[[], Initial]) -> bool:
         """Makes this directory the run's, or checks that it is. True where the run is new. `base` is where the config's
@@ -166,8 +163,8 @@ class StateDir:
         layout = initial.layout
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
         states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, initial.weights, strict=True)]
-        checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints)
-        shutil.rmtree(checkpoints.directory, ignore_errors=True)
+        checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints, self.disk)
+        self.disk.remove(checkpoints.directory)
         for state in states:
             checkpoints.save(state)
         self.journal.set_meta(

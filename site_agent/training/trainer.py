@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shared.config import InnerTable
 from shared.fragments import F32, Layout, TensorSpec
 from shared.task import BatchStream
+from site_agent import checkpoint
 from site_agent.training.optimizers import build_optimizer
 
 
@@ -86,6 +87,19 @@ class Trainer:
         with torch.no_grad():
             for name, array in self.layout.fragments[fragment].unflatten(flat).items():
                 self.parameters[name].copy_(torch.from_numpy(array))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and inner optimizer as named tensors (copies), and what of them is not a tensor."""
+        tensors, plain = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= {f"model.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
+        return tensors, plain
+
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+        checkpoint.unpack_optimizer(self.optimizer, tensors, plain)
 
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""

@@ -11,9 +11,10 @@ import pytest
 
 from shared.errors import ConfigError, RefusedError
 from shared.fragments import digest_flat
-from site_agent.agent import Agent, Stopped
+from site_agent.agent import Agent
 from site_agent.contribution import Anchor
 from site_agent.courier import Stop
+from site_agent.learner import Stopped
 from tests.support.live import TOY, live, run_config, site_config, train
 
 TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(2000))

@@ -11,9 +11,9 @@ import pytest
 from shared.config import WireTable
 from shared.fragments import F32, Layout
 from shared.wire import open_container
-from site_agent.agent import Agent
 from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.courier import Accepted
+from site_agent.learner import Learner
 
 FRAGMENT = Layout.from_wire([[("w", [128])]]).fragments[0]
 ANCHOR = Anchor(0, "0" * 32, 0, np.ones(128, np.float32))
@@ -38,7 +38,7 @@ def test_what_was_lost_so_far_is_sent_whether_or_not_more_is_kept(feedback: bool
 @pytest.mark.parametrize("left", [None, np.zeros(128, np.float32)])
 def test_what_an_accepted_contribution_held_is_not_sent_again(left: F32 | None) -> None:
     """Also where [wire] error_feedback was switched off since, and with a contribution whose encoding was another's."""
-    agent = SimpleNamespace(core=Mock(), residuals={0: LEFT, 1: LEFT}, _clock=lambda: 0.0)
-    Agent._take_in(agent, Accepted(0, 1, left))  # type: ignore[arg-type]
-    assert agent.residuals.get(0) is left
-    assert agent.residuals[1] is LEFT
+    learner = SimpleNamespace(core=Mock(), residuals={0: LEFT, 1: LEFT}, _clock=lambda: 0.0)
+    Learner._take_in(learner, [Accepted(0, 1, left)])  # type: ignore[arg-type]
+    assert learner.residuals.get(0) is left
+    assert learner.residuals[1] is LEFT

@@ -322,6 +322,7 @@ async def test_the_older_of_two_agents_is_told_that_it_was_superseded(fleet: Any
     await site.join()
     assert site.session != old
     body = site.body()
+    await site.beat()
     for answer in (
         await site.ask("POST", "/v1/sites/eu/heartbeat", site.beating(session=old)),
         await site.ask("POST", "/v1/sites/eu/leave", Leave(run=fleet.run, session=old)),
@@ -330,6 +331,28 @@ async def test_the_older_of_two_agents_is_told_that_it_was_superseded(fleet: Any
         assert answer.is_problem(409, "superseded")
     await site.beat()
     await goes_on(site)
+
+
+async def test_a_join_that_was_held_up_or_repeated_ends_no_session(fleet: Any) -> None:
+    """A session begins with its first heartbeat, and the agent behind a stray join sends none."""
+    (site,) = await fleet.trains("eu")
+    session = site.session
+    stray = await site.join()
+    assert stray.session != session
+    site.session = session
+    await site.beat()
+    await goes_on(site)
+
+
+async def test_a_session_that_was_given_out_before_the_newest_never_begins(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    first, second = (await site.join()).session, (await site.join()).session
+    site.session = second
+    await site.beat()
+    assert (await site.ask("POST", "/v1/sites/eu/heartbeat", site.beating(session=first))).is_problem(
+        409, "not-a-member"
+    )
+    await site.beat()
 
 
 async def test_a_join_gets_all_that_a_site_needs(fleet: Any) -> None:

@@ -24,10 +24,9 @@ UNKNOWN = "0" * 32
 
 
 @pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+def small_parts(fleet: Any) -> int:
     """Parts of 64 bytes, so that a tiny contribution has several."""
-    for module in ("coordinator.uploads", "coordinator.intake"):
-        monkeypatch.setattr(f"{module}.PART_BYTES", PART)
+    fleet.coordinator.intake.uploads.part_bytes = PART
     return PART
 
 

@@ -1,15 +1,13 @@
-"""Files that are whole or not there, and blobs that are what their names say."""
+"""Blobs that are what their names say."""
 
 from __future__ import annotations
 
-import errno
-import os
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from coordinator.store.files import Blobs, file_digest, tree_bytes, write_durably
+from coordinator.store.files import Blobs, file_digest, tree_bytes
 from shared.errors import CorruptError
 
 HELLO = b"hello"
@@ -20,59 +18,6 @@ HELLO_DIGEST = sha256(HELLO).hexdigest()
 def blobs(tmp_path: Path) -> Blobs:
     (tmp_path / "blobs").mkdir()
     return Blobs(tmp_path / "blobs")
-
-
-def fill(data: bytes):
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    return write
-
-
-# ---- write_durably
-
-
-def test_a_written_file_is_there_and_nothing_beside_it(tmp_path: Path) -> None:
-    write_durably(tmp_path / "file", fill(HELLO))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": HELLO}
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("a fault"), KeyboardInterrupt()])
-def test_a_writer_that_fails_half_way_leaves_the_old_file_and_no_partial_one(
-    tmp_path: Path, error: BaseException
-) -> None:
-    (tmp_path / "file").write_bytes(b"old")
-
-    def half(path: Path) -> None:
-        path.write_bytes(b"ne")
-        raise error
-
-    with pytest.raises(type(error)):
-        write_durably(tmp_path / "file", half)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
-
-
-def test_a_file_never_has_its_name_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    real = os.fsync
-
-    def watch(descriptor: int) -> None:
-        seen.append((tmp_path / "file").exists())
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", watch)
-    write_durably(tmp_path / "file", fill(HELLO))
-    assert seen == [False, True], "the bytes before the rename, the directory after it"
-
-
-def test_a_sync_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int) -> None:
-        raise OSError(errno.EIO, "broken")
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="broken"):
-        write_durably(tmp_path / "file", fill(HELLO))
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- blobs

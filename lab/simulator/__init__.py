@@ -1,0 +1,1 @@
+"""The deterministic simulator: the real coordinator and the real site agents under seeded faults, in virtual time."""

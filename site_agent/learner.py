@@ -1,0 +1,455 @@
+"""The learner: one site's training from the answer to its join until the run is finished, without a thread or a clock.
+
+`course` is a generator. It says what it needs next (an inner step, or to hear news) and is sent the news that came
+meanwhile; whoever drives it owns time, threads and the network. The agent drives it in real time, the simulator in
+virtual time. News are taken in between steps only, so that a run with a fixed τ takes the same course however messages
+are timed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shared.config import RunConfig
+from shared.errors import FaultError, IsthmusError
+from shared.files import DISK, Disk
+from shared.fragments import F32, Layout, digest_flat
+from shared.protocol import FragmentVersion, Joined, Orders, ShardMessage
+from shared.task import BatchStream, Shard
+from site_agent import checkpoint
+from site_agent.contribution import Anchor, DivergedError, Parcel
+from site_agent.core.alignment import How, take_up
+from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
+from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop
+from site_agent.metrics import Metrics
+from site_agent.outbox import Outbox, Replays
+from site_agent.training.schedules import lr_factor
+
+log = logging.getLogger(__name__)
+
+REPORT_STEPS = 50
+
+
+class Stopped(BaseException):
+    """Somebody asked the agent to stop; `signal` is the number. As with KeyboardInterrupt, no `except Exception` of a
+    task's code may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+@dataclass(frozen=True)
+class Hear:
+    """Nothing to do until there is news."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Call `step`."""
+
+
+Need = Hear | Train
+Course = Generator[Need, Sequence[Event], None]
+
+
+class Trains(Protocol):
+    """What the learner needs of a trainer; see site_agent.training.trainer."""
+
+    skipped_steps: int
+
+    def step(self, stream: BatchStream, lr: float) -> tuple[float, int, float]: ...
+    def read(self, fragment: int) -> F32: ...
+    def write(self, fragment: int, flat: F32) -> None: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None: ...
+
+
+class Evaluates(Protocol):
+    """What the learner needs of an evaluator; see site_agent.evaluation."""
+
+    def begin(self, anchors: Sequence[Anchor]) -> None: ...
+
+
+@dataclass
+class Ledger:
+    """Where the time went since training began, in seconds of a monotonic clock."""
+
+    began: float
+    training: float = 0.0
+
+    def share(self, now: float) -> float:
+        """Share of the time that was spent in inner steps."""
+        return self.training / (now - self.began) if now > self.began else 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a learner keeps its checkpoints: the directory, how often (seconds), who writes them, and the disk."""
+
+    directory: Path
+    every: float
+    saver: Executor
+    disk: Disk = DISK
+
+
+class Learner:
+    """One site's training of one run. Drive `course`; it raises Stopped, ConfigError, RefusedError, FaultError.
+
+    `streams` gives the training data of a shard; `calibrated` is the measured seconds of an inner step.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        joined: Joined,
+        trainer: Trains,
+        streams: Callable[[Shard], BatchStream],
+        courier: Courier,
+        evaluator: Evaluates,
+        metrics: Metrics,
+        place: Place,
+        clock: Callable[[], float],
+        calibrated: float,
+    ) -> None:
+        self.run_config, self.run_id, self.layout = run, joined.run, Layout.from_wire(joined.layout)
+        self.trainer, self.courier, self.metrics, self.place = trainer, courier, metrics, place
+        self.settings = Settings.of(run)
+        self.training = False
+        self.core: SiteCore
+        self.stream: BatchStream
+        self.anchors: list[Anchor] = []
+        self.snapshots: dict[int, F32] = {}
+        self.residuals: dict[int, F32] = {}
+        self.arrivals: dict[int, Anchor] = {}
+        self._streams, self._evaluator, self._clock = streams, evaluator, clock
+        self._orders, self._at_join, self._step_seconds = joined.orders, joined.fragments, calibrated
+        self._saving: Future[bool] | None = None
+        self._outbox = Outbox(place.directory / "outbox", place.disk)
+        self._replays = Replays()
+        self._numbers: dict[int, int] = {}
+        """Of the contributions on their way, by fragment: their numbers in the outbox."""
+        courier.begin_exchange(self.layout, run.wire, self._outbox)
+        self._loss: float | None = None
+
+    # -- life
+
+    def course(self) -> Course:
+        """All of it."""
+        saved = checkpoint.load_newest(self.place.directory, self.run_id)
+        newest = yield from self._fetch_anchors()
+        self.courier.report = Report("ready", step_seconds=self._step_seconds)
+        while not self._orders.started:
+            self._take_in((yield Hear()))
+        if saved is None:
+            self._begin(newest)
+        else:
+            self._resume(*saved, newest)
+        yield from self._train()
+
+    def _fetch_anchors(self) -> Generator[Need, Sequence[Event], list[Anchor]]:
+        """Every fragment's newest published version."""
+        for p, fragment in enumerate(self._at_join):
+            self.courier.fetch(p, None, fragment.version, "overwrite")
+        found: dict[int, Anchor] = {}
+        while len(found) < len(self._at_join):
+            others: list[Event] = []
+            for event in (yield Hear()):
+                if isinstance(event, ArrivedAnchor):
+                    found[event.fragment] = event.anchor
+                else:
+                    others.append(event)
+            self._take_in(others)
+        return [found[p] for p in range(len(found))]
+
+    def _begin(self, anchors: list[Anchor]) -> None:
+        """A site without a past in this run that it knows of."""
+        torch.manual_seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
+        self.anchors = anchors
+        for p, anchor in enumerate(anchors):
+            self.trainer.write(p, anchor.flat)
+        versions = [(anchor.version, anchor.tokens) for anchor in anchors]
+        pace = self._orders.pace or float(self.run_config.inner.steps)
+        self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers or 1.0)
+        self.core.tempo.stepped(self._step_seconds)
+        self.core.told(self._orders.tokens, self._orders.peers)
+        self.stream = self._stream_of(self._orders)
+        self._outbox.prune(sys.maxsize)
+        for p, anchor in enumerate(anchors):
+            self._await_own(p, anchor, self._at_join[p])
+        # Before the first contribution: from here on whatever is sent can be accounted for after a restart.
+        self._save(0, *self._state())
+
+    def _await_own(self, p: int, newest: Anchor, at_join: FragmentVersion) -> None:
+        """Where a contribution of this site, from before it lost its memory, is in a round that is still open: the
+        version that will hold it is awaited like that of any other, because its base takes no second one."""
+        contributed = at_join.contributed
+        if contributed < newest.version:
+            return
+        self.snapshots[p] = newest.flat
+        self.core.fragments[p].in_flight = InFlight(
+            contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
+        )
+        self.courier.await_version(p, newest, contributed + 1)
+
+    def _resume(self, tensors: dict[str, Tensor], manifest: dict[str, Any], newest: list[Anchor]) -> None:
+        """Goes on from a local checkpoint: trains the steps since again, and sends what it had contributed of them as
+        it was; see site_agent.outbox."""
+        fragments = range(len(newest))
+        self.trainer.load_state(tensors, manifest["optimizer"])
+        torch.set_rng_state(tensors["random"])
+        self.core = core = checkpoint.unpack_core(manifest["core"], self.settings, self._clock())
+        core.pace = self._orders.pace or core.pace
+        core.tempo.stepped(self._step_seconds)
+        core.told(self._orders.tokens, self._orders.peers)
+        for view in core.fragments:
+            view.complete = view.progress.merged >= self.settings.budget
+        self.anchors = [
+            Anchor(version, digest, merged, tensors[f"anchor.{p}"].numpy())
+            for p, (version, digest, merged) in enumerate(manifest["anchors"])
+        ]
+        self.snapshots = {p: tensors[f"snapshot.{p}"].numpy() for p in fragments if f"snapshot.{p}" in tensors}
+        self.residuals = {p: tensors[f"residual.{p}"].numpy() for p in fragments if f"residual.{p}" in tensors}
+        self.stream = self._stream_of(self._orders)
+        if ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
+            self.stream.load_state_dict(manifest["stream"])
+        self._replays.restore(self._outbox.load(self.run_id, self.layout), manifest["outbox"])
+        self._numbers = {int(p): number for p, number in manifest["numbers"].items()}
+        for p, view in enumerate(core.fragments):
+            self._resume_fragment(p, view.in_flight, newest[p], self._at_join[p])
+        log.info("continuing from the checkpoint of step %d", core.steps)
+
+    def _resume_fragment(self, p: int, flight: InFlight | None, newest: Anchor, at_join: FragmentVersion) -> None:
+        view, anchor, contributed = self.core.fragments[p], self.anchors[p], at_join.contributed
+        sound = digest_flat(anchor.flat, self.layout.fragments[p].chunks()) == anchor.digest
+        if not sound:
+            log.error("fragment %d: the checkpoint's anchor is damaged; repaired from the published version", p)
+            self.courier.count_repair()
+        recorded = self._replays.pending(p)
+        known = max([-1 if flight is None else flight.base_version, *(record.base_version for record in recorded)])
+        if sound and contributed <= known:
+            if flight is not None and flight.holding is not None:
+                self.courier.await_version(p, anchor, flight.holding)
+            elif flight is not None:
+                self.courier.send(self._parcel(p, flight.tokens, flight.steps, self._numbers[p], recorded=True))
+            elif not recorded and newest.version > anchor.version:
+                self._arrive(p, newest, "rebase")
+            return
+        view.in_flight = None
+        self._replays.forget(p)
+        self.snapshots.pop(p, None)
+        if contributed >= anchor.version or not sound:
+            # What was trained since was delivered, and how much of it is not known (the outbox is lost): the published
+            # weights take its place, at once.
+            log.warning(
+                "fragment %d: the outbox does not know what was contributed; starting from the newest version", p
+            )
+            self.residuals.pop(p, None)
+            self._arrive(p, newest, "overwrite")
+            self._align(p, "overwrite")
+            self._await_own(p, newest, at_join)
+        elif newest.version > anchor.version:
+            self._arrive(p, newest, "rebase")
+
+    def replays(self, p: int) -> bool:
+        """Whether contributions of fragment `p` from before a restart are still to come up again."""
+        return bool(self._replays.pending(p))
+
+    # -- the loop
+
+    def _train(self) -> Generator[Need, Sequence[Event], None]:
+        """Does what the core says until it is done."""
+        core = self.core
+        self.training = True
+        self.ledger = Ledger(self._clock())
+        self._saved_at = self._clock()
+        self._report()
+        self._evaluate_if_ordered()
+        while True:
+            match core.next_action():
+                case Done():
+                    self._report()
+                    return
+                case Step():
+                    self._take_in((yield Train()))
+                case Snapshot() as action:
+                    self._contribute(action)
+                case Align(fragment, _, how):
+                    self._align(fragment, how)
+                case Wait():
+                    began = self._clock()
+                    self._report()
+                    self._save_if_due()
+                    self._take_in((yield Hear()))
+                    self.metrics.waited.inc(self._clock() - began)
+
+    def step(self) -> None:
+        """One inner step, where `course` asked for it."""
+        core, run = self.core, self.run_config
+        factor = lr_factor(run.inner.schedule, core.furthest, run.run.tokens, run.inner.warmup_tokens)
+        began = self._clock()
+        loss, tokens, seconds = self.trainer.step(self.stream, run.inner.lr * factor)
+        self.ledger.training += self._clock() - began
+        core.stepped(tokens, seconds)
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self.metrics.steps.inc()
+        self.metrics.tokens.inc(tokens)
+        self.metrics.loss.set(loss)
+        self.metrics.lr.set(run.inner.lr * factor)
+        self._report()
+        if core.steps % REPORT_STEPS == 0:
+            log.info("step %d: loss %.4f, %.3f s a step", core.steps, self._loss, core.tempo.step_seconds)
+        self._save_if_due()
+
+    def _contribute(self, due: Snapshot) -> None:
+        """Sends the fragment's progress; what was sent of it before a restart, as it was."""
+        p, record = due.fragment, self._replays.take(due.fragment)
+        if record is not None:
+            due = Snapshot(p, record.base_version, record.tokens, record.steps)
+        self.core.snapshot_taken(due, self._clock())
+        self.snapshots[p] = self.trainer.read(p)
+        self._numbers[p] = number = record.number if record is not None else self._replays.number()
+        self.courier.send(self._parcel(p, due.tokens, due.steps, number, recorded=record is not None))
+
+    def _align(self, p: int, how: How) -> None:
+        """Takes up the arrived version of fragment `p`."""
+        arrived, rounds = self.arrivals.pop(p), self.run_config.rounds
+        theta, anchor, snapshot = self.trainer.read(p), self.anchors[p].flat, self.snapshots.pop(p, None)
+        self.trainer.write(p, take_up(how, theta, anchor, snapshot, arrived.flat, rounds.align, rounds.blend))
+        self.anchors[p] = arrived
+        self.core.aligned(p)
+        self.metrics.version.labels(p).set(arrived.version)
+
+    def _parcel(self, p: int, tokens: int, steps: int, number: int, *, recorded: bool) -> Parcel:
+        residual = self.residuals.get(p)
+        return Parcel(p, self.anchors[p], self.snapshots[p], residual, tokens, steps, number, recorded)
+
+    # -- news
+
+    def _take_in(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case Accepted(p, version, residual):
+                    self.core.accepted(p, version, self._clock())
+                    # Without error feedback there is none: what a run had of it before its config was changed has just
+                    # been sent, once.
+                    self.residuals.pop(p, None)
+                    if residual is not None:
+                        self.residuals[p] = residual
+                case ArrivedAnchor(p, anchor, how):
+                    self._arrive(p, anchor, how)
+                case Ordered(orders):
+                    self._obey(orders)
+                case Stop(number):
+                    self.save_before_leaving()
+                    raise Stopped(number)
+                case Failed(error):
+                    if not isinstance(error, DivergedError):
+                        self.save_before_leaving()
+                    if isinstance(error, IsthmusError):
+                        raise error
+                    raise FaultError(f"the network side failed: {type(error).__name__}: {error}") from error
+
+    def _arrive(self, p: int, anchor: Anchor, how: How) -> None:
+        self.arrivals[p] = anchor
+        self.core.arrived(p, anchor.version, anchor.tokens, how)
+
+    def _obey(self, orders: Orders) -> None:
+        before, self._orders = self._orders, orders
+        if not self.training:
+            return
+        if orders.pace is not None:
+            self.core.pace = orders.pace
+            self.metrics.pace.set(orders.pace)
+        self.core.run_finished = orders.finished
+        self.core.awaited = [(round_.fragment, round_.version) for round_ in orders.awaited]
+        self.core.closing = [(round_.fragment, round_.version) for round_ in orders.closing]
+        self.core.told(orders.tokens, orders.peers)
+        if orders.shard != before.shard:
+            log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
+            self.stream = self._stream_of(orders)
+        self._evaluate_if_ordered()
+
+    def _evaluate_if_ordered(self) -> None:
+        if self._orders.evaluate:
+            self._evaluator.begin(self.anchors)
+
+    def _stream_of(self, orders: Orders) -> BatchStream:
+        return self._streams(Shard(orders.shard.index, orders.shard.count, orders.shard.seed))
+
+    def _report(self) -> None:
+        core, now = self.core, self._clock()
+        share = self.ledger.share(now)
+        self.courier.report = Report(
+            "training",
+            steps=core.steps,
+            tokens=core.tokens,
+            step_seconds=core.tempo.step_seconds,
+            overlap_seconds=core.overlap_seconds,
+            sync_seconds=core.tempo.sync_seconds,
+            training_share=share,
+            loss=self._loss,
+        )
+        self.metrics.share.set(share)
+        self.metrics.step_seconds.set(core.tempo.step_seconds)
+        self.metrics.skipped.set(self.trainer.skipped_steps)
+
+    # -- local checkpoints
+
+    def _save_if_due(self) -> None:
+        """Copies the state now and writes it in the background; a write that is still under way is left to finish."""
+        if self._clock() - self._saved_at < self.place.every:
+            return
+        self._saved_at = self._clock()
+        if self._saving is not None and not self._saving.done():
+            return
+        self._saving = self.place.saver.submit(self._save, self.core.steps, *self._state())
+
+    def save_before_leaving(self) -> None:
+        """A checkpoint of now, if there is anything to save."""
+        if not self.training:
+            return
+        if self._saving is not None:
+            self._saving.result()
+        if self._save(self.core.steps, *self._state()):
+            log.info("saved at step %d", self.core.steps)
+
+    def _save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> bool:
+        """Training goes on without it where the disk refuses."""
+        try:
+            checkpoint.save(self.place.directory, step, tensors, manifest, self.place.disk)
+            self._outbox.prune(checkpoint.oldest_record(self.place.directory))
+        except OSError as error:
+            log.error("no checkpoint could be written to %s: %s", self.place.directory, error)
+            return False
+        return True
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A checkpoint's tensors (copies) and manifest."""
+        tensors, plain = self.trainer.state()
+        tensors |= {f"anchor.{p}": torch.from_numpy(anchor.flat) for p, anchor in enumerate(self.anchors)}
+        tensors |= {f"snapshot.{p}": torch.from_numpy(flat) for p, flat in self.snapshots.items()}
+        tensors |= {f"residual.{p}": torch.from_numpy(flat) for p, flat in self.residuals.items()}
+        tensors["random"] = torch.get_rng_state()
+        manifest = {
+            "run": self.run_id,
+            "core": checkpoint.pack_core(self.core),
+            "anchors": [[anchor.version, anchor.digest, anchor.tokens] for anchor in self.anchors],
+            "optimizer": plain,
+            "shard": self._orders.shard.model_dump(mode="json"),
+            "stream": self.stream.state_dict(),
+            "outbox": self._replays.state(),
+            "numbers": {str(p): number for p, number in self._numbers.items() if self.core.fragments[p].in_flight},
+        }
+        # Through JSON and back: a copy, whatever live objects the task's stream gave.
+        return tensors, json.loads(json.dumps(manifest))

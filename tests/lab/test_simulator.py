@@ -1,0 +1,151 @@
+"""The simulator: what holds, holds under any faults; what is broken on purpose is found; and a seed is a course."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coordinator.store.recovery
+from coordinator.core.run import RunCore
+from coordinator.intake import Intake
+from coordinator.store.files import Blobs
+from coordinator.store.journal import Journal, StoredRound
+from lab.simulator.schedules import schedule_of
+from lab.simulator.simulate import prepare, run_schedule, simulate
+from lab.simulator.world import Schedule, World
+from site_agent.contribution import left_of
+from site_agent.core.alignment import How
+from site_agent.learner import Learner
+
+SCHEDULES = 60
+
+
+@pytest.fixture(autouse=True)
+def prepared() -> Iterator[None]:
+    import logging
+
+    prepare()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_nothing_breaks() -> None:
+    summary = simulate(range(SCHEDULES), 1, lambda result: None)
+    assert not summary.violations, summary.violations[0]
+    assert summary.faults > SCHEDULES
+    assert summary.checks > 20 * SCHEDULES
+
+
+def test_a_seed_is_a_course(tmp_path: Path) -> None:
+    def course() -> list[str]:
+        lines: list[str] = []
+        World(schedule_of(11), tmp_path / "world", lines.append).run()
+        return lines
+
+    assert course() == course()
+    assert run_schedule(11) == run_schedule(11)
+
+
+# ---- bugs, brought back
+
+
+def found(likely: Callable[[Schedule], bool] = lambda schedule: True, most: int = 120) -> str:
+    """The first invariant that breaks, among the first `most` schedules in which it is likely to."""
+    seeds = [seed for seed in range(10 * most) if likely(schedule_of(seed))]
+    for seed in seeds[:most]:
+        if (violation := run_schedule(seed).violation) is not None:
+            return violation
+    pytest.fail(f"{len(seeds)} schedules and nothing was found")
+
+
+def killed(schedule: Schedule) -> bool:
+    return sum(fault.whom == "coordinator" and fault.kind.startswith("kill") for fault in schedule.faults) > 1
+
+
+def killed_between_large_rounds(schedule: Schedule) -> bool:
+    return killed(schedule) and len(schedule.sites) == 3 and schedule.config.rounds.quorum == "all"
+
+
+def test_an_acknowledgement_before_the_sync_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adopt(self: Blobs, source: Path, digest: str) -> None:
+        self._prepare(digest)
+        self._disk.rename(source, self.path(digest))
+
+    monkeypatch.setattr(Blobs, "adopt", adopt)
+    assert "a restart recovers" in found()
+
+
+def test_an_acknowledgement_before_the_journal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    acknowledge = Intake._acknowledge
+
+    async def early(self: Any, upload: Any, screened: Any) -> Any:
+        writing = asyncio.create_task(acknowledge(self, upload, screened))
+        await asyncio.sleep(0)
+        if writing.done():
+            return writing.result()
+        from shared.protocol import Outcome
+
+        return Outcome(accepted=True, version=self._core.fragments[upload.opening.fragment].target)
+
+    monkeypatch.setattr(Intake, "_acknowledge", early)
+    assert found()
+
+
+def test_a_replay_in_order_of_arrival_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = coordinator.store.recovery.execute
+
+    def by_arrival(state: Any, round_: StoredRound, journal: Journal, *more: Any) -> Any:
+        rows = journal._db.execute("SELECT id FROM contributions ORDER BY seq DESC").fetchall()
+        order = {row["id"]: place for place, row in enumerate(rows)}
+        members = tuple(sorted(round_.members, key=lambda member: order[member[0]]))
+        return execute(state, dataclasses.replace(round_, members=members), journal, *more)
+
+    monkeypatch.setattr(coordinator.store.recovery, "execute", by_arrival)
+    assert found(killed_between_large_rounds)
+
+
+def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrive = Learner._arrive
+
+    def advancing(self: Learner, p: int, anchor: Any, how: How) -> None:
+        flight = self.core.fragments[p].in_flight
+        number = self._numbers.get(p, -1)
+        if how == "rebase" and flight is not None and p in self.snapshots:
+            parcel = self._parcel(p, flight.tokens, flight.steps, number, recorded=False)
+            from shared.config import WireTable
+            from site_agent.contribution import encode
+
+            wire = WireTable(upload=self.run_config.wire.upload)
+            body, _ = encode(parcel, self.layout.fragments[p], wire, self.run_id, "a")
+            self.residuals[p] = left_of(parcel, self.layout.fragments[p], body) - 1
+        arrive(self, p, anchor, how)
+
+    monkeypatch.setattr(Learner, "_arrive", advancing)
+    assert "no step is lost or delivered twice" in found()
+
+
+def test_a_lease_that_bytes_do_not_renew_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunCore, "bytes_arrived", lambda self, site, now, *, uploads=True: None)
+    assert "arriving bytes renew a lease" in found()
+
+
+def test_a_version_that_is_used_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = RunCore.restore
+
+    def behind(self: RunCore, versions: Any, *more: Any, **named: Any) -> Any:
+        return restore(self, [(max(0, version - 1), tokens) for version, tokens in versions], *more, **named)
+
+    close = Journal.close_round
+
+    def over(self: Journal, fragment: int, version: int, *more: Any) -> None:
+        self._db.execute("DELETE FROM rounds WHERE fragment = ? AND version = ?", (fragment, version))
+        close(self, fragment, version, *more)
+
+    monkeypatch.setattr(RunCore, "restore", behind)
+    monkeypatch.setattr(Journal, "close_round", over)
+    assert "a version is one set of bits" in found(killed)

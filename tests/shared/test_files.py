@@ -1,0 +1,64 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.files import DISK
+
+HELLO = b"hello"
+
+
+def fill(data: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write
+
+
+def test_a_written_file_is_there_and_nothing_beside_it(tmp_path: Path) -> None:
+    DISK.put(tmp_path / "file", fill(HELLO))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": HELLO}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("a fault"), KeyboardInterrupt()])
+def test_a_writer_that_fails_half_way_leaves_the_old_file_and_no_partial_one(
+    tmp_path: Path, error: BaseException
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def half(path: Path) -> None:
+        path.write_bytes(b"ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        DISK.put(tmp_path / "file", half)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_file_never_has_its_name_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = os.fsync
+
+    def watch(descriptor: int) -> None:
+        seen.append((tmp_path / "file").exists())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    DISK.put(tmp_path / "file", fill(HELLO))
+    assert seen == [False, True], "the bytes before the rename, the directory after it"
+
+
+def test_a_sync_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="broken"):
+        DISK.put(tmp_path / "file", fill(HELLO))
+    assert list(tmp_path.iterdir()) == []
