@@ -109,7 +109,7 @@ class Schedule:
     checkpoint_seconds: float
     in_parts: bool = False
     joins_at: dict[str, float] = field(default_factory=dict)
-    limit: float = 10_000.0
+    limit: float = 3_000.0
 
 
 class CoordinatorProcess:
