@@ -33,12 +33,9 @@ def train(tables: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str
 
 
 async def _train(fleet: Fleet, tables: Mapping[str, Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
-    lines = [line for table, keys in tables.items() for line in (f"[{table}]", *map(_assignment, keys.items()))]
-    (fleet.directory / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+    write_toml(fleet.directory / "run.toml", tables)
     fleet.start(
         "coordinator",
         ["isthmus", "coordinator", "serve", "run.toml", "--state", "state", "--port", str(port), "--insecure"],
@@ -56,6 +53,20 @@ async def _train(fleet: Fleet, tables: Mapping[str, Mapping[str, Any]], names: l
     if status is None:
         raise RuntimeError("the coordinator did not answer at the end of the run")
     return {**status, "seconds": time.monotonic() - began}
+
+
+def free_port() -> int:
+    """A port on loopback that nobody has now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """A config file of these tables."""
+    lines = [line for table, keys in tables.items() for line in (f"[{table}]", *map(_assignment, keys.items()))]
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _assignment(item: tuple[str, Any]) -> str:

@@ -143,7 +143,8 @@ class Coordinator:
         self._absurd: set[tuple[str, str]] = set()
         self._stalled: set[str] = set()
         self._started = self.reader.meta("started") == "1"
-        """In the journal: a site that was told of a start which a crash undoes would train for nothing."""
+        self._enrolled = {site.name for site in self.reader.sites() if site.enrolled}
+        """Both as the journal has them: what a site is told, no crash may undo."""
         self._invited: dict[str, deque[str]] = {}
         self._joined = {site.name for site in self.reader.sites()}
 
@@ -331,6 +332,7 @@ class Coordinator:
                 case StartRun(sites):
                     await durably(self.workers.writer, "the start", journal.start_run, sites)
                     self._started = True
+                    self._enrolled.update(sites)
                     log.info("training starts with %s", ", ".join(sites))
                 case SiteActive(site, active, expired):
                     if expired:
@@ -339,6 +341,7 @@ class Coordinator:
                     await durably(self.workers.writer, "a site's standing", journal.site_active, site, active)
                 case Enrol(site):
                     await durably(self.workers.writer, "a site's enrolment", journal.enrol, site)
+                    self._enrolled.add(site)
                 case CloseRound():
                     members = list(zip(decision.contributions, decision.weights, strict=True))
                     await durably(
@@ -443,7 +446,7 @@ class Coordinator:
         log.info("eval loss %.4f at %d tokens (by %s)", loss, tokens, site)
 
     def _orders(self, site: str) -> Orders:
-        index, count = self.core.shard(site)
+        index, count = self.core.shard(site, self._enrolled)
         pace = self.core.pacer.pace(site)
         if pace is not None:
             self.metrics.site_pace.labels(site).set(pace)

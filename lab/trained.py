@@ -30,7 +30,6 @@ from shared.wire import open_container
 from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Settings, Snapshot
-from site_agent.courier import DELTAS_PER_SNAPSHOT
 from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
@@ -129,9 +128,9 @@ class TrainedRun(VirtualRun):
 
     def arrive(self, site: VirtualSite, fragment: int, version: int) -> None:
         body, p = self._bodies[site.name], fragment
-        deltas = self._delta_bytes[p][body.anchors[p].version : version]
+        deltas = sum(self._delta_bytes[p][body.anchors[p].version : version])
         # (Further behind it would take a snapshot, which is fp32; a site that is in time never is.)
-        self.bytes_down += sum(deltas) if len(deltas) <= DELTAS_PER_SNAPSHOT else 4 * self._layout.fragments[p].size
+        self.bytes_down += min(deltas, 4 * self._layout.fragments[p].size)
         body.arrivals[p] = self._published_now[p]
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:

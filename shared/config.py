@@ -336,6 +336,8 @@ class SiteTable(_Table):
     client_key: str = Field("", description="its key file")
     patience_seconds: float = Field(30, ge=0, description="how long to go on trying to reach the coordinator at start")
     outage_seconds: float = Field(3600, ge=0, description="how long to go on through an outage while training")
+    outage_steps: int = Field(500, ge=0, le=MOST, description="inner steps to train on without the coordinator, from 0")
+    stop_seconds: float = Field(30, ge=1, le=10**6, description="how long a stop may take, from 1")
     checkpoint_seconds: float = Field(300, gt=0, description="seconds between local checkpoints")
     evaluate: bool = Field(True, description="true or false: whether this site may be asked to evaluate")
 

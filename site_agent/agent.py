@@ -7,8 +7,11 @@ writing have one each.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,7 @@ from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
 from shared.task import Shard, build_model, load_task
-from site_agent.courier import CourierThread, Event, Stop
+from site_agent.courier import LEAVE_SECONDS, CourierThread, Event, Stop
 from site_agent.evaluation import Evaluator
 from site_agent.learner import Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
@@ -56,6 +59,8 @@ def task_of(config: SiteConfig, run: RunConfig) -> Any:
 class Agent:
     """One site. `run` returns when the run is finished. Raises Stopped, ConfigError, RefusedError, FaultError."""
 
+    learns: type[Learner] = Learner
+
     def __init__(self, config: SiteConfig) -> None:
         self.config = config
         self.metrics = Metrics()
@@ -66,6 +71,7 @@ class Agent:
         # One each: a long evaluation must not keep a checkpoint waiting.
         self._saver, self._evaluations = ThreadPoolExecutor(1, "checkpoints"), ThreadPoolExecutor(1, "evaluation")
         self.learner: Learner | None = None
+        self._ends_at = math.inf
 
     def run(self) -> None:
         exporter = self.metrics.serve(self.config.metrics)
@@ -77,6 +83,13 @@ class Agent:
             self.learner.save_before_leaving()
             core = self.learner.core
             log.info("the run is finished: %d steps, %d tokens here", core.steps, core.tokens)
+        except Stopped as stopped:
+            # A machine that is taken away may not come back: what is on its way should arrive. Somebody at a keyboard
+            # comes back, and it is in the outbox.
+            left = self.config.site.stop_seconds - 2 * LEAVE_SECONDS if stopped.signal != signal.SIGINT else 1.0
+            if not self.courier.settle(max(0.0, min(left, self._ends_at - time.monotonic()))):
+                log.warning("a contribution is still on its way; it is sent again when this site comes back")
+            raise
         except RefusedError as error:
             if error.code != Code.UNAUTHORIZED:
                 raise
@@ -96,12 +109,24 @@ class Agent:
                 exporter.server_close()
 
     def stop_on_signals(self) -> None:
-        """Makes SIGTERM and SIGINT end `run` with Stopped, after a clean leave.
+        """Makes SIGTERM and SIGINT end `run` with Stopped, after a clean leave and within [site] stop_seconds.
 
         Training is interrupted between steps, so that what it saves is whole; before it, there is nothing to save.
+        Where a step, a disk or a link takes too long, the program ends where it is: a start goes on from the last
+        checkpoint, whatever the end was.
         """
+        limit = self.config.site.stop_seconds
+
+        def give_up(number: int) -> None:
+            log.error("not stopped within [site] stop_seconds = %g; ending here", limit)
+            os._exit(128 + number)
 
         def stop(number: int, _frame: object) -> None:
+            if self._ends_at == math.inf:
+                self._ends_at = time.monotonic() + limit
+                watchdog = threading.Timer(limit, give_up, (number,))
+                watchdog.daemon = True
+                watchdog.start()
             if self.learner is None or not self.learner.training:
                 raise Stopped(number)
             self.courier.events.put(Stop(number))
@@ -115,7 +140,7 @@ class Agent:
         layout = Layout.from_wire(joined.layout)
         set_threads(config.devices.threads)
         device = choose_device(config.devices.device)
-        task = task_of(config, run)
+        self.task = task = task_of(config, run)
         model = build_model(task, run.run.seed)
         trainer = Trainer(task, model, layout, run.inner, device, config.devices.throttle)
         log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))
@@ -129,7 +154,7 @@ class Agent:
         seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
         evaluator = Evaluator(task, trainer, layout, run.inner.batch_size, self.courier, self._evaluations)
         place = Place(config.path(config.site.state), config.site.checkpoint_seconds, self._saver)
-        learner = Learner(
+        learner = self.learns(
             run,
             joined,
             trainer,
@@ -140,6 +165,7 @@ class Agent:
             place,
             time.monotonic,
             seconds,
+            config.site.outage_steps,
         )
         return learner, evaluator
 

@@ -25,7 +25,7 @@ from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import F32, Fragment, Layout, digest_flat
 from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
-from shared.wire import blob_digest, open_container
+from shared.wire import blob_digest, container_bound, open_container
 from site_agent.contribution import Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
 from site_agent.link import Link, Refusal, backoff
@@ -38,8 +38,6 @@ T = TypeVar("T")
 HEARTBEATS_PER_LEASE = 15
 READY_HEARTBEAT_SECONDS = 0.25
 LEAVE_SECONDS = 5.0
-DELTAS_PER_SNAPSHOT = 4
-"""Up to so many deltas are fetched one by one; beyond, one fp32 snapshot is fewer bytes (4 against about 1 each)."""
 SNAPSHOT_TRIES = 8
 
 
@@ -81,6 +79,13 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Touch:
+    """The coordinator answers again, or not any more."""
+
+    answers: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """What the agent says of itself with each heartbeat; see shared.protocol.Heartbeat."""
 
@@ -94,7 +99,16 @@ class Report:
     loss: float | None = None
 
 
-Event = Accepted | ArrivedAnchor | Ordered | Failed | Stop
+@dataclass(frozen=True)
+class _Turned:
+    """A contribution that was refused, and how to go on: from `anchor` (None: a snapshot) to the newest version."""
+
+    anchor: Anchor | None
+    newest: int
+    how: How
+
+
+Event = Accepted | ArrivedAnchor | Ordered | Touch | Failed | Stop
 
 
 class Courier:
@@ -106,6 +120,10 @@ class Courier:
         self.evaluates = True
         self.soon_seconds = READY_HEARTBEAT_SECONDS
         self._link, self._site, self._metrics, self._post = link, site, metrics, post
+        self._link.in_touch = self._touch
+        self._answers = True
+        self._delta_bytes: dict[int, int] = {}
+        self._undelivered, self._delivered = 0, asyncio.Event()
         self._evaluation: Evaluation | None = None
         self._jobs: set[asyncio.Task[None]] = set()
         self._session = ""
@@ -195,6 +213,12 @@ class Courier:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._post(Failed(error))
 
+    def _touch(self, answers: bool) -> None:
+        self._metrics.connected.set(int(answers))
+        if answers != self._answers:
+            self._answers = answers
+            self._post(Touch(answers))
+
     # -- heartbeats
 
     async def _heartbeats(self) -> None:
@@ -210,7 +234,6 @@ class Courier:
                 elif refusal.code != Code.SUPERSEDED or session == self._session:
                     raise  # (superseded by itself: an upload found out first that the lease was lost)
                 continue
-            self._metrics.connected.set(1)
             if evaluation is not None and evaluation is self._evaluation:
                 self._evaluation = None
             if orders != last:
@@ -259,16 +282,39 @@ class Courier:
     async def _begin_session(self) -> bool:
         """A session begins with its first heartbeat, and uploads wait for it; whether the coordinator still knew it."""
         try:
-            await self._link.heartbeat(self._heartbeat(self.report, None))
+            orders = await self._link.heartbeat(self._heartbeat(self.report, None))
         except Refusal as refusal:
             if refusal.code != Code.NOT_A_MEMBER:
                 raise
             return False
+        self._post(Ordered(orders))
         return True
 
     # -- contributions
 
     async def _deliver(self, parcel: Parcel) -> None:
+        self._undelivered += 1
+        try:
+            fate = await self._offer(parcel)
+        finally:
+            self._undelivered -= 1
+            self._delivered.set()
+        match fate:
+            case Accepted(p, version, _):
+                self._metrics.accepted.inc()
+                self._post(fate)
+                await self._bring(p, parcel.anchor, version, "align")
+            case _Turned(anchor, newest, how):
+                await self._bring(parcel.fragment, anchor, newest, how)
+
+    async def settled(self) -> None:
+        """Until every contribution that was sent is with the coordinator, or refused."""
+        while self._undelivered:
+            self._delivered.clear()
+            await self._delivered.wait()
+
+    async def _offer(self, parcel: Parcel) -> Accepted | _Turned:
+        """Sends a contribution until it is known what became of it."""
         p = parcel.fragment
         body, base, residual = await asyncio.to_thread(self._prepare, parcel)
         digest = blob_digest(body)
@@ -285,8 +331,7 @@ class Courier:
                 body=None,
             )
             try:
-                version = (await self._link.contribute(opening, body)).version
-                break
+                return Accepted(p, (await self._link.contribute(opening, body)).version, residual)
             except Refusal as refusal:
                 self._metrics.refused.labels(refusal.code).inc()
                 newest = refusal.version or base
@@ -300,24 +345,18 @@ class Courier:
                     case Code.ALREADY_CONTRIBUTED:
                         # By this site before a restart. Where these are not the very same bytes (it has lost its
                         # memory), what the others left out is not known.
-                        version, residual = max(base + 1, newest), residual if parcel.recorded else None
-                        break
+                        return Accepted(p, max(base + 1, newest), residual if parcel.recorded else None)
                     case Code.RUN_FINISHED:
                         await asyncio.to_thread(self._forget, parcel)
-                        await self._bring(p, parcel.anchor, newest, "overwrite")
-                        return
+                        return _Turned(parcel.anchor, newest, "overwrite")
                     case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE:
                         log.warning("fragment %d is aligned anew: %s", p, refusal.detail)
                         # First: a contribution that comes up again after a restart counts as delivered.
                         await asyncio.to_thread(self._forget, parcel)
                         anchor = None if refusal.code != Code.TOO_STALE else parcel.anchor
-                        await self._bring(p, anchor, newest, "rebase")
-                        return
+                        return _Turned(anchor, newest, "rebase")
                     case _:
                         raise
-        self._metrics.accepted.inc()
-        self._post(Accepted(p, version, residual))
-        await self._bring(p, parcel.anchor, version, "align")
 
     def _prepare(self, parcel: Parcel) -> tuple[bytes, int, F32 | None]:
         """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
@@ -348,12 +387,18 @@ class Courier:
 
     async def _bring(self, p: int, anchor: Anchor | None, version: int, how: How) -> None:
         """Posts the anchor of `version`, waiting for it, or of a newer one where only that is to be had."""
-        if anchor is None or version - anchor.version > DELTAS_PER_SNAPSHOT:
+        if anchor is None or not self._deltas_are_less(p, version - anchor.version):
             anchor = await self._by_snapshot(p, version)
         while anchor.version < version:
             # A snapshot is of what is published; what is not published yet comes as deltas.
             anchor = await self._by_deltas(p, anchor, version) or await self._by_snapshot(p, version)
         self._post(ArrivedAnchor(p, anchor, how))
+
+    def _deltas_are_less(self, p: int, count: int) -> bool:
+        """Whether so many deltas are fewer bytes than one snapshot (fp32), by the size of the last or largest one."""
+        fragment = self._layout.fragments[p]
+        each = self._delta_bytes.get(p) or container_bound(fragment, self._wire.publish)
+        return count == 1 or count * each < 4 * fragment.size
 
     async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
         """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
@@ -364,6 +409,7 @@ class Courier:
                 if refusal.code not in (Code.VERSION_GONE, Code.NOT_FOUND):
                     raise
                 return None
+            self._delta_bytes[p] = len(data)
             try:
                 anchor = await asyncio.to_thread(self._apply, self._layout.fragments[p], anchor, data)
             except FormatError as error:
@@ -425,6 +471,14 @@ class CourierThread(Courier):
 
     def orders(self) -> Orders | None:
         return self._wait_for(self.ask_orders())
+
+    def settle(self, seconds: float) -> bool:
+        """Whether everything that was sent is with the coordinator within so many seconds."""
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.wait_for(self.settled(), seconds), self._loop).result()
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         """Leaves the run, if it can within a few seconds, and ends the thread."""

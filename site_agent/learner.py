@@ -30,7 +30,7 @@ from site_agent import checkpoint
 from site_agent.contribution import Anchor, DivergedError, Parcel
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
-from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop
+from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop, Touch
 from site_agent.metrics import Metrics
 from site_agent.outbox import Outbox, Replays
 from site_agent.training.schedules import lr_factor
@@ -106,7 +106,8 @@ class Place:
 class Learner:
     """One site's training of one run. Drive `course`; it raises Stopped, ConfigError, RefusedError, FaultError.
 
-    `streams` gives the training data of a shard; `calibrated` is the measured seconds of an inner step.
+    `streams` gives the training data of a shard; `calibrated` is the measured seconds of an inner step,
+    `outage_steps` how many to take without the coordinator.
     """
 
     def __init__(
@@ -121,10 +122,11 @@ class Learner:
         place: Place,
         clock: Callable[[], float],
         calibrated: float,
+        outage_steps: int = 0,
     ) -> None:
         self.run_config, self.run_id, self.layout = run, joined.run, Layout.from_wire(joined.layout)
         self.trainer, self.courier, self.metrics, self.place = trainer, courier, metrics, place
-        self.settings = Settings.of(run)
+        self.settings = Settings.of(run, outage_steps)
         self.training = False
         self.core: SiteCore
         self.stream: BatchStream
@@ -141,6 +143,7 @@ class Learner:
         """Of the contributions on their way, by fragment: their numbers in the outbox."""
         courier.begin_exchange(self.layout, run.wire, self._outbox)
         self._loss: float | None = None
+        self._to_evaluate = joined.orders.evaluate
 
     # -- life
 
@@ -350,6 +353,8 @@ class Learner:
                     self._arrive(p, anchor, how)
                 case Ordered(orders):
                     self._obey(orders)
+                case Touch(answers):
+                    self._note_touch(answers)
                 case Stop(number):
                     self.save_before_leaving()
                     raise Stopped(number)
@@ -360,12 +365,25 @@ class Learner:
                         raise error
                     raise FaultError(f"the network side failed: {type(error).__name__}: {error}") from error
 
+    def _note_touch(self, answers: bool) -> None:
+        if not self.training:
+            return
+        self.core.out_of_touch = not answers
+        if answers:
+            log.info("the coordinator answers again")
+        elif self.settings.everyone:
+            log.warning("the coordinator cannot be reached; this run waits for it, as it waits for everyone")
+        else:
+            steps = self.settings.outage_steps
+            log.warning("the coordinator cannot be reached; training goes on for up to %d steps without it", steps)
+
     def _arrive(self, p: int, anchor: Anchor, how: How) -> None:
         self.arrivals[p] = anchor
         self.core.arrived(p, anchor.version, anchor.tokens, how)
 
     def _obey(self, orders: Orders) -> None:
         before, self._orders = self._orders, orders
+        self._to_evaluate |= orders.evaluate
         if not self.training:
             return
         if orders.pace is not None:
@@ -381,7 +399,8 @@ class Learner:
         self._evaluate_if_ordered()
 
     def _evaluate_if_ordered(self) -> None:
-        if self._orders.evaluate:
+        if self._to_evaluate:
+            self._to_evaluate = False
             self._evaluator.begin(self.anchors)
 
     def _stream_of(self, orders: Orders) -> BatchStream:

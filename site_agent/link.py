@@ -14,7 +14,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TypeVar
 
@@ -45,6 +45,8 @@ M = TypeVar("M", bound=Message)
 WAIT_SECONDS = 20.0
 BACKOFF_FIRST, BACKOFF_LONGEST = 0.2, 15.0
 PARALLEL_PARTS = 4
+FAILURES = 3
+"""After so many in a row of one request the coordinator counts as out of reach."""
 _TRANSIENT = {408, 425, 429}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -71,6 +73,8 @@ class Link:
     def __init__(self, transport: Transport, site: str, patience: float) -> None:
         self.patience = patience
         self.inline_bytes = INLINE_BYTES
+        self.in_touch: Callable[[bool], None] = lambda ok: None
+        """Told whether the coordinator answers on the control connection, with each answer and at the third failure."""
         self.run = ""
         self._transport, self._site = transport, site
 
@@ -173,18 +177,23 @@ class Link:
         while True:
             attempt += 1
             try:
-                return await download.take(await self._once(download.rest_of(request)))
+                body = await download.take(await self._once(download.rest_of(request)))
+                if request.control:
+                    self.in_touch(True)
+                return body
             except TransientError as error:
                 fault = str(error)
-                if download.keep(error.partial):
-                    began, attempt = clock(), 1  # it gets on
+                if gets_on := download.keep(error.partial):
+                    began, attempt = clock(), 1
             left = (self.patience if patience is None else patience) - (clock() - began)
-            if left <= 0:
+            if left <= 0 and not gets_on:
                 raise FaultError(
                     f"the coordinator at {self._transport.url} cannot be reached ({fault}); "
                     "check [site] coordinator and the network"
                 )
-            pause = min(left, backoff(attempt, random.random()))
+            pause = min(max(left, 0.0), backoff(attempt, random.random()))
+            if request.control and attempt == FAILURES:
+                self.in_touch(False)
             level = logging.WARNING if attempt in (3, 10, 30) else logging.DEBUG
             log.log(level, "%s: %s; trying again", request.path, fault)
             await asyncio.sleep(pause)

@@ -8,7 +8,7 @@ reports `published` when a merge is done. All of a run's state that matters can 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import rounds
@@ -161,7 +161,12 @@ class RunCore:
     # -- events
 
     def join(self, site: str, session: str, now: float) -> list[Decision]:
-        """A site joins, or joins again under a new session."""
+        """A site joins, or joins again under a new session. One that was training, and whose lease has not run out, is
+        waited for as before: it will go on where it was."""
+        before = self.members.live.get(site)
+        if before is not None and before.report.state == "training":
+            self.members.join(site, session, now, "training")
+            return []
         self.members.join(site, session, now)
         return [SiteActive(site, False), *self._close_due(now)]
 
@@ -331,9 +336,10 @@ class RunCore:
         """Merged tokens of the run: the mean over its fragments, each of which sees every token once."""
         return sum(state.tokens for state in self.fragments) // len(self.fragments)
 
-    def shard(self, site: str) -> tuple[int, int]:
-        """(index, count) of the site's part of the data: its rank among all that ever got ready, itself included."""
-        dealt = sorted(self.roster | {site})
+    def shard(self, site: str, among: Collection[str] | None = None) -> tuple[int, int]:
+        """(index, count) of the site's part of the data: its rank among all that ever got ready (or `among` those of
+        them that are known to be remembered), itself included."""
+        dealt = sorted({*(self.roster if among is None else among), site})
         return dealt.index(site), len(dealt)
 
     def take_evaluation(self, site: str, now: float) -> bool:

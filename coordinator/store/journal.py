@@ -201,7 +201,7 @@ class Journal:
         with self._transaction("join"):
             self._db.execute(
                 "INSERT INTO sites (name, session) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET session = excluded.session, active = 0",
+                " ON CONFLICT (name) DO UPDATE SET session = excluded.session",
                 (site, session),
             )
 
@@ -219,7 +219,8 @@ class Journal:
         """Training begins with these sites; one fact, so that no recovery finds a start that nobody took part in."""
         with self._transaction("start"):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('started', '1')")
-            self._db.executemany("UPDATE sites SET active = 1 WHERE name = ?", [(site,) for site in sites])
+            named = [(site,) for site in sites]
+            self._db.executemany("UPDATE sites SET active = 1, enrolled = 1 WHERE name = ?", named)
 
     def site_active(self, site: str, active: bool) -> None:
         with self._transaction("active"):
@@ -288,6 +289,11 @@ class Journal:
     def contribution(self, id_: str) -> StoredContribution | None:
         row = self._one(_CONTRIBUTIONS + " WHERE c.id = ?", id_)
         return None if row is None else _contribution(row)
+
+    def accepted(self) -> int:
+        """How many contributions the journal knows."""
+        row = self._one("SELECT COUNT(*) AS accepted FROM contributions")
+        return 0 if row is None else int(row["accepted"])
 
     def contributions(self, *, newest_of_each: bool = False) -> list[StoredContribution]:
         """In order of acceptance: those that no round holds, and with `newest_of_each` the last one of each

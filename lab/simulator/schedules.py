@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from coordinator.core.membership import LEASE_SECONDS
 from lab.simulator.network import Weather
 from lab.simulator.world import Fault, Schedule
 from shared.config import RunConfig, parse
@@ -14,6 +15,8 @@ COUNTING = Path(__file__).with_name("counting.py")
 STEPS = 3
 """H"""
 TOKENS_PER_STEP = 8
+FOR_EVER = 1e6
+"""Seconds: a run in which nobody is given up depends on nothing but its seed."""
 
 
 def schedule_of(seed: int) -> Schedule:
@@ -24,14 +27,20 @@ def schedule_of(seed: int) -> Schedule:
     pace = {site: rng.choice((0.2, 0.5, 1.0, 2.0)) for site in sites}
     weather = {site: _weather(rng) for site in sites}
     length = 5 + 4 * STEPS * max(pace.values())
-    faults = tuple(sorted((_fault(rng, sites, length) for _ in range(rng.randrange(2, 8))), key=lambda f: f.at))
+    faults = sorted((_fault(rng, sites, length) for _ in range(rng.randrange(2, 8))), key=lambda f: f.at)
+    repeats = config.rounds.quorum == "all" and config.rounds.deadline_seconds == FOR_EVER
+    if repeats:
+        # A site whose own disk fails may forget what it sent.
+        faults = [fault for fault in faults if fault.whom == "coordinator" or fault.kind not in ("full", "broken")]
     return Schedule(
         seed=seed,
         config=config,
         sites=sites,
         step_seconds=pace,
         weather=weather,
-        faults=faults,
+        faults=tuple(faults),
+        repeats=repeats,
+        lease_seconds=FOR_EVER if repeats else LEASE_SECONDS,
         checkpoint_seconds=rng.choice((1.0, 5.0, 1000.0)),
         in_parts=rng.random() < 0.3,
     )
@@ -53,6 +62,8 @@ def _config(rng: random.Random, sites: int) -> RunConfig:
         rounds["grace_seconds"] = rng.choice(("auto", 0.0, 3.0))
     if quorum == "all" or rounds["grace_seconds"] != 0.0:
         rounds["deadline_seconds"] = rng.choice((20.0, 600.0))
+    if quorum == "all" and isinstance(overlap, int) and rng.random() < 0.7:
+        rounds |= {"deadline_seconds": FOR_EVER, "pacing": "equal-steps"}
     outer: dict[str, Any] = {"momentum": rng.choice((0.0, 0.5)), "partial": rng.choice(("share", "full"))}
     tables: dict[str, dict[str, Any]] = {
         "run": {"name": "simulated", "tokens": sites * cycles * STEPS * TOKENS_PER_STEP, "min_sites": sites},

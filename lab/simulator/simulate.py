@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coordinator.outer import step
 from lab.simulator.audit import Violation
+from lab.simulator.network import Weather
 from lab.simulator.schedules import schedule_of
 from lab.simulator.world import World
 from shared import codecs
@@ -112,7 +113,11 @@ def run_schedule(seed: int, say: Callable[[str], None] = lambda line: None) -> R
     world = World(schedule, directory / "world", say)
     violation = None
     try:
-        world.run()
+        ended = world.run()
+        if schedule.repeats:
+            calm = replace(schedule, faults=(), weather=dict.fromkeys(schedule.sites, Weather()))
+            if (undisturbed := World(calm, directory / "calm").run()) != ended:
+                raise Violation("a full-quorum run ends in the same bits", f"{ended}, and undisturbed {undisturbed}")
     except Violation as error:
         violation = str(error)
     except Exception as error:

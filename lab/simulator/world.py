@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.app import Api
+from coordinator.core.membership import LEASE_SECONDS
 from coordinator.machine import Machine
 from coordinator.service import Coordinator
 from lab.simulator.audit import Auditor, Violation
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
+OUTAGE_STEPS = 5
 TICK_SECONDS, SOON_SECONDS = 10.0, 1.0
 """Virtual seconds between ticks and early heartbeats: where nothing happens, nothing need be computed."""
 
@@ -98,7 +100,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a simulation is of. `seed` decides everything that is left open."""
+    """What a simulation is of. `seed` decides everything that is left open. `repeats`: whatever the faults, the run
+    must end in the bits of the same run without any."""
 
     seed: int
     config: RunConfig
@@ -108,6 +111,8 @@ class Schedule:
     faults: tuple[Fault, ...]
     checkpoint_seconds: float
     in_parts: bool = False
+    lease_seconds: float = LEASE_SECONDS
+    repeats: bool = False
     joins_at: dict[str, float] = field(default_factory=dict)
     limit: float = 3_000.0
 
@@ -182,6 +187,7 @@ class CoordinatorProcess:
             world.later(5.0, self.start_if_down)
             return
         coordinator.tick_seconds = TICK_SECONDS
+        coordinator.core.members.lease_seconds = world.schedule.lease_seconds
         if world.schedule.in_parts:
             coordinator.intake.uploads.part_bytes = PART_BYTES
         self.coordinator = coordinator
@@ -300,6 +306,7 @@ class SiteProcess:
             place,
             world.loop.time,
             world.schedule.step_seconds[self.name],
+            outage_steps=OUTAGE_STEPS,
         )
         await self._drive(learner, news)
         world.auditor.site_done(self.name, learner)

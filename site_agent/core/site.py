@@ -106,10 +106,13 @@ class Settings:
     overlap: Literal["auto", "unbounded"] | int
     budget: int
     everyone: bool = True
+    outage_steps: int = 0
+    """How many steps after a snapshot to go on training while the coordinator cannot be reached. A run that waits for
+    everyone does not: its course must not depend on outages."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> Settings:
-        return cls(config.rounds.overlap_steps, config.run.tokens, config.rounds.quorum == "all")
+    def of(cls, config: RunConfig, outage_steps: int = 0) -> Settings:
+        return cls(config.rounds.overlap_steps, config.run.tokens, config.rounds.quorum == "all", outage_steps)
 
 
 @dataclass
@@ -134,6 +137,8 @@ class SiteCore:
     """The run's merged tokens as the coordinator last reported them; unused in a full-quorum run."""
     peers: float = 1.0
     """Inner steps that the run takes for each one of this site."""
+    out_of_touch: bool = False
+    """The coordinator cannot be reached."""
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, peers: float) -> SiteCore:
@@ -155,7 +160,7 @@ class SiteCore:
             view = self.fragments[p]
             if view.arrived is not None and self._may_align(view):
                 return Align(p, view.arrived.version, view.arrived.how)
-            if view.in_flight is not None and self._must_align(view.in_flight):
+            if view.in_flight is not None and self._must_align(view.in_flight) and not self._bridges(view.in_flight):
                 return self._wait(p)
         while self.due:
             p = self.due[0]
@@ -165,8 +170,9 @@ class SiteCore:
                 continue
             if view.arrived is not None:
                 return Align(p, view.arrived.version, view.arrived.how)
-            if view.in_flight is not None and view.in_flight.followed:
-                # It has had its contribution of this cycle; what was trained since goes with the next one.
+            if view.in_flight is not None and (view.in_flight.followed or self._bridges(view.in_flight)):
+                # It has had its contribution of this cycle (or cannot have it); what was trained since goes with the
+                # next one.
                 self.due.pop(0)
                 continue
             if view.in_flight is not None:
@@ -281,6 +287,12 @@ class SiteCore:
                 # With nothing trained since its last contribution it has nothing to give: one step more than τ, then.
                 return self._snapshot(q) if self.steps > view.counted_steps else Step()
         return Wait(p)
+
+    def _bridges(self, flight: InFlight) -> bool:
+        """Whether to train on although the version of this contribution is late: the coordinator cannot be reached."""
+        return (
+            self.out_of_touch and not self.settings.everyone and self.steps < flight.step + self.settings.outage_steps
+        )
 
     def _by_snapshot(self) -> list[int]:
         """Fragments that have something on its way or here, oldest snapshot first."""

@@ -13,8 +13,9 @@ from shared.errors import ConfigError, RefusedError
 from shared.fragments import digest_flat
 from site_agent.agent import Agent
 from site_agent.contribution import Anchor
+from site_agent.core.alignment import How
 from site_agent.courier import Stop
-from site_agent.learner import Stopped
+from site_agent.learner import Learner, Stopped
 from tests.support.live import TOY, live, run_config, site_config, train
 
 TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(2000))
@@ -49,16 +50,25 @@ def toy_run(min_sites: int) -> dict[str, dict[str, Any]]:
     }
 
 
-class Watching(Agent):
-    """An agent that keeps every anchor that it took up, by (fragment, version)."""
+class Watched(Learner):
+    """A learner that keeps every anchor that it took up, by (fragment, version)."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         self.seen: dict[tuple[int, int], Anchor] = {}
 
-    def _align(self, p: int, how: str) -> None:
+    def _align(self, p: int, how: How) -> None:
         super()._align(p, how)
         self.seen[p, self.anchors[p].version] = self.anchors[p]
+
+
+class Watching(Agent):
+    learns = Watched
+
+    @property
+    def seen(self) -> dict[tuple[int, int], Anchor]:
+        assert isinstance(self.learner, Watched)
+        return self.learner.seen
 
 
 @pytest.mark.parametrize("publish", ["int4", "int8", "bf16", "fp32"])
@@ -141,33 +151,36 @@ def test_a_stopped_site_goes_on_from_its_checkpoint(tmp_path: Path, text: Path) 
     """Stopped in the middle and started again: it continues its step count and its data, and the run ends well."""
     config = run_config(small_run(text, run={"tokens": 30_000}))
 
-    class Stopping(Agent):
-        def _step(self) -> None:
-            super()._step()
+    stopped_at: list[Any] = []
+
+    class Stopping(Learner):
+        def step(self) -> None:
+            super().step()
             if self.core.steps == 20:
-                self.position = self.stream.state_dict()
-                self.courier.events.put(Stop(15))
+                stopped_at.append(self.stream.state_dict())
+                self.courier._post(Stop(15))
 
     with live(config, tmp_path / "state") as served:
         other = threading.Thread(target=Agent(site_config("b", served.url, tmp_path)).run)
         other.start()
-        first = Stopping(site_config("a", served.url, tmp_path))
+        first = Agent(site_config("a", served.url, tmp_path))
+        first.learns = Stopping
         with pytest.raises(Stopped):
             first.run()
         second = Agent(site_config("a", served.url, tmp_path))
         begun: list[tuple[int, Any]] = []
-        resume = second._resume
 
-        def resuming(*args: Any) -> None:
-            resume(*args)
-            begun.append((second.core.steps, second.stream.state_dict()))
+        class Resuming(Learner):
+            def _resume(self, *args: Any) -> None:
+                super()._resume(*args)
+                begun.append((self.core.steps, self.stream.state_dict()))
 
-        second._resume = resuming  # type: ignore[method-assign]
+        second.learns = Resuming
         second.run()
         other.join()
         assert served.coordinator.core.finished
         assert served.coordinator.reader.contributions() == []
-    assert begun == [(20, first.position)]
+    assert begun == [(20, *stopped_at)]
     assert second.courier.repairs == 0
 
 
@@ -190,8 +203,8 @@ def test_the_newest_of_two_agents_with_one_name_wins(tmp_path: Path) -> None:
     }
     with live(run_config(tables), tmp_path / "state") as served:
         older, newer = (Agent(site_config("a", served.url, tmp_path)) for _ in range(2))
-        older.courier.join()
-        newer.courier.join()
+        older.courier.begin(30.0)
+        newer.courier.begin(30.0)
         failed = older.courier.events.get(timeout=60)
         while not hasattr(failed, "error"):
             failed = older.courier.events.get(timeout=60)

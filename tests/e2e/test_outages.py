@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from shared.protocol import SITE_HEADER
 from site_agent import link
 from site_agent.agent import Agent
 from tests.e2e.test_federation import TEXT, small_run
@@ -28,7 +29,7 @@ def cutting(part: str, done: bool, cut: Counter[str]) -> Middleware:
     async def middleware(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        site = request.headers.get(link.SITE_HEADER, "")
+        site = request.headers.get(SITE_HEADER, "")
         if re.search(part, request.path) is None or cut[site] >= TIMES:
             return await handler(request)
         cut[site] += 1

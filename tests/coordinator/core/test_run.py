@@ -108,6 +108,27 @@ def test_a_site_that_joins_later_counts_once_it_trains() -> None:
 # ---- offers and their refusals
 
 
+def test_a_site_that_starts_again_within_its_lease_is_waited_for() -> None:
+    """Without it the round would close one contribution short, and a run that repeats would not."""
+    core = training("eu", "us")
+    contribute(core, "us")
+    assert core.join("eu", "again", 2.0) == []
+    assert core.heartbeat("eu", "again", Report("preparing"), 3.0) == []
+    assert core.tick(20.0) == []
+    (close,) = core.accept(contribution("eu"), 21.0)[1]
+    assert isinstance(close, CloseRound)
+    assert [c.site for c in close.contributions] == ["eu", "us"]
+
+
+def test_a_site_that_starts_again_and_dies_is_waited_for_no_longer_than_its_lease() -> None:
+    core = training("eu", "us")
+    contribute(core, "us")
+    core.join("eu", "again", 2.0)
+    core.heartbeat("us", "us", TRAINING, 31.0)
+    closed = core.tick(33.0)
+    assert [type(decision) for decision in closed] == [SiteActive, CloseRound]
+
+
 def test_a_contribution_before_the_start_is_refused() -> None:
     core = RunCore(PLAN)
     core.join("a", "a", 0.0)

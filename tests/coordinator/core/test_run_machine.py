@@ -88,6 +88,8 @@ class Schedule(RuleBasedStateMachine):
         self.count += 1
         self.sessions[site] = f"{site}-{self.count}"
         self.roster.add(site)
+        if site in self.active:
+            self.active[site] = self.sessions[site]  # as the journal's row of it has it
         self.carry_out(self.core.join(site, self.sessions[site], self.now))
 
     @rule(site=sites, ready=st.booleans(), sync=st.sampled_from([0.0, 1.0]))

@@ -520,3 +520,43 @@ def test_in_a_full_quorum_run_it_follows_the_versions_alone() -> None:
     core = site("unbounded")
     core.told(5000, 3.0)
     assert core.furthest == 0
+
+
+# ---- outages
+
+
+def bridging(overlap: Overlap, everyone: bool = False) -> SiteCore:
+    """A site whose first contribution is on its way when the coordinator goes out of reach."""
+    settings = Settings(overlap, BUDGET, everyone, outage_steps=8)
+    core = SiteCore.begin(settings, [(0, 0)], pace=4.0, peers=2)
+    train(core, 4)
+    take(core)
+    core.out_of_touch = True
+    return core
+
+
+@pytest.mark.parametrize("overlap", [0, 2, "auto", "unbounded"])
+def test_out_of_touch_a_site_trains_on_up_to_its_bound_and_then_waits(overlap: Overlap) -> None:
+    core = bridging(overlap)
+    train(core, 8)
+    assert core.next_action() == Wait(0)
+    # What it trained meanwhile goes with the next contribution.
+    core.out_of_touch = False
+    deliver(core, 0, 1)
+    assert take_up(core) == Align(0, 1, "align")
+    train(core, 4)
+    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=12 * TOKENS, steps=12)
+
+
+def test_back_in_touch_a_site_waits_where_it_would_have() -> None:
+    core = bridging("unbounded")
+    train(core, 6)
+    core.out_of_touch = False
+    train(core, 2)
+    assert core.next_action() == Wait(0)
+
+
+def test_a_run_that_waits_for_everyone_waits_for_its_coordinator() -> None:
+    core = bridging(2, everyone=True)
+    train(core, 2)
+    assert core.next_action() == Wait(0)

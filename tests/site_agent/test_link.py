@@ -1,0 +1,134 @@
+"""The link: what is tried again, how a download that was cut goes on, when the coordinator is out of reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from shared.errors import FaultError
+from shared.wire import blob_digest
+from site_agent import link
+from site_agent.link import FAILURES, Link, Refusal
+from site_agent.transport import Reply, Request, TransientError, Transport
+
+BODY = bytes(range(256)) * 40
+TAG = f'"{blob_digest(BODY)}"'
+WHOLE = {"etag": TAG, "content-length": str(len(BODY))}
+Answer = Reply | TransientError
+
+
+class Scripted(Transport):
+    """Gives the answers of a script, the last one for ever, and keeps the requests."""
+
+    url = "scripted://"
+
+    def __init__(self, *script: Answer | Callable[[Request], Answer]) -> None:
+        self.script, self.asked = list(script), list[Request]()
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def send(self, request: Request) -> Reply:
+        self.asked.append(request)
+        entry = self.script[0] if len(self.script) == 1 else self.script.pop(0)
+        answer = entry(request) if callable(entry) else entry
+        if isinstance(answer, TransientError):
+            raise answer
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "backoff", lambda attempt, chance: 0.0)
+
+
+def cut(at: int, *, begin: int = 0, tag: str = TAG) -> TransientError:
+    """A download that stops at byte `at`, which began at `begin`."""
+    headers = {"etag": tag, "content-length": str(len(BODY))}
+    if begin:
+        headers["content-range"] = f"bytes {begin}-{len(BODY) - 1}/{len(BODY)}"
+    return TransientError("cut", Reply(206 if begin else 200, headers, BODY[begin:at]))
+
+
+def rest(request: Request) -> Reply:
+    begin = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+    assert request.headers["If-Range"] == TAG
+    return Reply(206, {"etag": TAG, "content-range": f"bytes {begin}-{len(BODY) - 1}/{len(BODY)}"}, BODY[begin:])
+
+
+async def delta(*script: Answer | Callable[[Request], Answer]) -> tuple[bytes, Scripted]:
+    transport = Scripted(*script)
+    return await Link(transport, "eu", patience=60.0).delta(0, 1), transport
+
+
+async def test_a_download_that_is_cut_goes_on_where_it_stopped() -> None:
+    got, transport = await delta(cut(1000), cut(5000, begin=1000), rest)
+    assert got == BODY
+    assert [request.headers.get("Range") for request in transport.asked] == [None, "bytes=1000-", "bytes=5000-"]
+
+
+async def test_a_download_that_only_ever_gets_on_outlasts_any_patience() -> None:
+    transport = Scripted(cut(100), *(cut(at + 100, begin=at) for at in range(100, 1000, 100)), rest)
+    assert await Link(transport, "eu", patience=0.0).delta(0, 1) == BODY
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        Reply(200, WHOLE, BODY),  # a server without ranges, or an object that is another now
+        Reply(206, {"etag": '"another"', "content-range": "bytes 1000-10239/10240"}, BODY[1000:]),
+        Reply(206, {"etag": TAG, "content-range": "bytes 2000-10239/10240"}, BODY[2000:]),
+        Reply(206, {"etag": TAG, "content-range": "bytes 1000-10239/10240"}, BODY[1000:-1]),
+    ],
+)
+async def test_a_rest_that_does_not_fit_is_not_put_to_the_beginning(again: Reply) -> None:
+    got, _ = await delta(cut(1000), again, Reply(200, WHOLE, BODY))
+    assert got == BODY
+
+
+async def test_an_object_that_was_damaged_on_its_way_is_fetched_again() -> None:
+    damaged = bytearray(BODY)
+    damaged[77] ^= 1
+    got, transport = await delta(Reply(200, WHOLE, bytes(damaged)), Reply(200, WHOLE, BODY))
+    assert got == BODY
+    assert len(transport.asked) == 2
+
+
+async def test_a_beginning_that_was_damaged_is_not_kept_for_ever() -> None:
+    damaged = TransientError("cut", Reply(200, WHOLE, bytes(500)))
+    got, _ = await delta(damaged, rest, Reply(200, WHOLE, BODY))
+    assert got == BODY
+
+
+@pytest.mark.parametrize("headers", [{}, {"etag": 'W/"weak"', "content-length": "9"}, {"etag": TAG}])
+async def test_what_has_no_exact_name_or_length_is_fetched_from_its_beginning(headers: dict[str, str]) -> None:
+    _, transport = await delta(TransientError("cut", Reply(200, headers, BODY[:9])), Reply(200, WHOLE, BODY))
+    assert "Range" not in transport.asked[1].headers
+
+
+async def test_what_lasts_is_given_up_with_the_patience() -> None:
+    with pytest.raises(FaultError, match="cannot be reached"):
+        await Link(Scripted(TransientError("refused")), "eu", patience=0.0).delta(0, 1)
+
+
+async def test_a_refusal_is_an_answer() -> None:
+    problem = Reply(410, {}, b'{"code": "version-gone", "detail": "gone", "version": 7}')
+    with pytest.raises(Refusal) as refused:
+        await delta(problem)
+    assert (refused.value.code, refused.value.version) == ("version-gone", 7)
+
+
+async def test_the_coordinator_is_out_of_reach_after_a_few_failures_in_a_row_and_back_with_an_answer() -> None:
+    heard: list[bool] = []
+    refused = TransientError("refused")
+    transport = Scripted(*[refused] * (FAILURES - 1), Reply(200, {}, b""), *[refused] * FAILURES, Reply(200, {}, b""))
+    asking = Link(transport, "eu", patience=60.0)
+    asking.run, asking.in_touch = "run", heard.append
+    await asking.leave("session", 60.0)
+    assert heard == [True]
+    await asking.leave("session", 60.0)
+    assert heard == [True, False, True]
