@@ -77,6 +77,84 @@ def test_kill_9_of_the_coordinator_under_load_changes_no_bit(tmp_path: Path) -> 
     assert all(agent.courier.repairs == 0 for agent in agents)
 
 
+HANGING = """
+import threading
+from tests.support.toy import Counting, Toy
+
+
+class Hangs(Counting):
+    def __next__(self):
+        if super().__next__() == 30:
+            open("hangs", "w").close()
+            threading.Event().wait()
+        return self.position
+
+
+class Task(Toy):
+    def train_batches(self, shard, batch_size):
+        return Hangs()
+"""
+
+
+def test_a_stop_ends_in_time_though_a_step_hangs(tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING, encoding="utf-8")
+    tables = {
+        "run": {"name": "hangs", "tokens": 1000},
+        "task": {"use": f"{tmp_path}/hanging.py:Task"},
+        "rounds": {"fragments": 2},
+    }
+    with live(run_config(tables), tmp_path / "state") as served:
+        site = f"""
+            [site]
+            name = "a"
+            coordinator = "{served.url}"
+            stop_seconds = 1
+            [devices]
+            device = "cpu"
+            [metrics]
+            port = 0
+        """
+        (tmp_path / "site.toml").write_text(site, encoding="utf-8")
+        agent = start(["site", "run", "site.toml"], tmp_path, tmp_path / "site.log")
+        try:
+            until("a step that hangs", (tmp_path / "hangs").exists)
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait() == 128 + signal.SIGTERM, (tmp_path / "site.log").read_text()
+        finally:
+            agent.kill()
+            agent.wait()
+    assert "stop_seconds = 1; ending here" in (tmp_path / "site.log").read_text()
+
+
+def test_kill_9_of_a_site_changes_no_bit(tmp_path: Path) -> None:
+    """At any step: it goes back to its checkpoint, and what it had contributed comes up again as it was."""
+    tables = write_run(tmp_path)
+    with live(run_config(tables), tmp_path / "calm") as served:
+        train(*(Agent(site_config(name, served.url, tmp_path / "calm-sites")) for name in ("a", "b")))
+        undisturbed = served.digests()
+    with live(run_config(tables), tmp_path / "state") as served:
+        (tmp_path / "a.toml").write_text(
+            f'[site]\nname = "a"\ncoordinator = "{served.url}"\ncheckpoint_seconds = 0.7\n[metrics]\nport = 0\n'
+            '[devices]\ndevice = "cpu"\nthrottle = 0.3\n',
+            encoding="utf-8",
+        )
+        other = threading.Thread(target=train, args=[Agent(site_config("b", served.url, tmp_path / "sites"))])
+        other.start()
+        site = start(["site", "run", "a.toml"], tmp_path, tmp_path / "a.log")
+        try:
+            for reached in (4, 15, 31):
+                until(f"version {reached}", lambda reached=reached: sum(v for v, _ in served.digests()) >= reached)
+                site.kill()
+                site.wait()
+                site = start(["site", "run", "a.toml"], tmp_path, tmp_path / "a.log")
+            assert site.wait() == 0, (tmp_path / "a.log").read_text()
+            other.join()
+        finally:
+            site.kill()
+            site.wait()
+        assert served.digests() == undisturbed, (tmp_path / "a.log").read_text()
+
+
 def test_ctrl_c_ends_every_process_of_the_demo_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

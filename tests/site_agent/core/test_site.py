@@ -540,12 +540,11 @@ def test_out_of_touch_a_site_trains_on_up_to_its_bound_and_then_waits(overlap: O
     core = bridging(overlap)
     train(core, 8)
     assert core.next_action() == Wait(0)
-    # What it trained meanwhile goes with the next contribution.
+    # What it trained meanwhile goes with the next contribution, at once.
     core.out_of_touch = False
     deliver(core, 0, 1)
     assert take_up(core) == Align(0, 1, "align")
-    train(core, 4)
-    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=12 * TOKENS, steps=12)
+    assert take(core) == Snapshot(fragment=0, base_version=1, tokens=8 * TOKENS, steps=8)
 
 
 def test_back_in_touch_a_site_waits_where_it_would_have() -> None:
