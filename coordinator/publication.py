@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.workers import Workers
+from shared.errors import CorruptError
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import Code
 from shared.wire import Header, blob_digest, encode_flat, tensor_table
 
-SNAPSHOTS_KEPT = 4
+log = logging.getLogger(__name__)
+
+SNAPSHOTS_KEPT, REMEMBERED = 4, 4096
 PUBLISHED_WITHIN_SECONDS = 30.0
 
 
@@ -48,6 +52,10 @@ class Publication:
         self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
         self._news = [asyncio.Event() for _ in states]
         self._closed = False
+        self._sound: set[str] = set()
+        # What an earlier process made of them is not known; they are made again when somebody asks.
+        for old in store.snapshots.glob("*.isthmus"):
+            store.disk.remove(old)
 
     def publish(self, fragment: int, published: Published) -> None:
         """The version is in the journal: whoever waits for it may have it."""
@@ -89,7 +97,25 @@ class Publication:
             raise Refused(
                 Code.VERSION_GONE, f"the delta to version {version} is no longer kept; take a snapshot", newest
             )
+        if not await self._is_sound(round_.delta):
+            raise Refused(Code.VERSION_GONE, f"the delta to version {version} is damaged; take a snapshot", newest)
         return self._store.blobs.path(round_.delta), round_.delta
+
+    async def _is_sound(self, digest: str) -> bool:
+        """Whether a delta still is what its name says: looked at once, before it goes out for the first time since the
+        start. One that is not is removed."""
+        if digest in self._sound:
+            return True
+        try:
+            await self._workers.on(self._workers.screeners, self._store.blobs.verify, digest)
+        except CorruptError as error:
+            log.error("%s", error)
+            self._store.blobs.remove(digest)
+            return False
+        if len(self._sound) >= REMEMBERED:
+            self._sound.clear()
+        self._sound.add(digest)
+        return True
 
     async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:
         """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and SHA-256."""

@@ -45,6 +45,8 @@ def verify(path: Path) -> Verified:
         store.journal.check_integrity()
         found = Verified(store.run_id)
         checkpoints = store.checkpoints(store.config.store.keep_checkpoints)
+        if (fault := checkpoints.manifest_fault()) is not None:
+            found.faults.append(fault)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             for fragment in store.layout.fragments:
                 _verify_fragment(store, checkpoints, fragment, found, executor)
@@ -59,9 +61,8 @@ def _verify_fragment(
 ) -> None:
     p = fragment.index
     # (Once more than needed, so that there is one state at a time in memory.)
-    sound = [
-        entry for entry in _entries(checkpoints, p, found) if _is_sound(store, checkpoints, entry, fragment, found)
-    ]
+    entries = checkpoints.entries(p)[::-1]
+    sound = [entry for entry in entries if _is_sound(store, checkpoints, entry, fragment, found)]
     if not sound:
         found.faults.append(
             f"fragment {p} has no sound checkpoint in {checkpoints.directory}; restore it from a backup"
@@ -80,16 +81,6 @@ def _verify_fragment(
                 break
             state = checkpoints.load(later[0], fragment)
     found.versions[p] = first, state.version
-
-
-def _entries(checkpoints: Checkpoints, fragment: int, found: Verified) -> list[Entry]:
-    """Oldest first."""
-    try:
-        return checkpoints.entries(fragment)[::-1]
-    except CorruptError as error:
-        if str(error) not in found.faults:
-            found.faults.append(str(error))
-        return []
 
 
 def _is_sound(store: StateDir, checkpoints: Checkpoints, entry: Entry, fragment: Fragment, found: Verified) -> bool:

@@ -45,6 +45,8 @@ M = TypeVar("M", bound=Message)
 WAIT_SECONDS = 20.0
 BACKOFF_FIRST, BACKOFF_LONGEST = 0.2, 15.0
 PARALLEL_PARTS = 4
+DAMAGED = 5
+"""An object that comes whole and wrong so often is not damaged on its way."""
 FAILURES = 3
 """After so many in a row of one request the coordinator counts as out of reach."""
 _TRANSIENT = {408, 425, 429}
@@ -183,6 +185,8 @@ class Link:
                 return body
             except TransientError as error:
                 fault = str(error)
+                if download.damaged >= DAMAGED:
+                    raise Refusal(Code.VERSION_GONE, f"{request.path} is damaged at the coordinator", None) from None
                 if gets_on := download.keep(error.partial):
                     began, attempt = clock(), 1
             left = (self.patience if patience is None else patience) - (clock() - began)
@@ -213,6 +217,7 @@ class _Download:
 
     def __init__(self) -> None:
         self._tag, self._whole, self._got = "", 0, bytearray()
+        self.damaged = 0
 
     def rest_of(self, request: Request) -> Request:
         if not self._got:
@@ -240,6 +245,7 @@ class _Download:
             if not fits:
                 raise TransientError("the rest of a download does not fit its beginning")
         if _SHA256.fullmatch(tag) and await asyncio.to_thread(blob_digest, body) != tag:
+            self.damaged += 1
             raise TransientError("the object was damaged on its way")
         return body
 

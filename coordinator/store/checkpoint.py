@@ -8,6 +8,8 @@ is used only once its bytes have reproduced these digests.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +23,10 @@ from shared.errors import CorruptError
 from shared.files import DISK, Disk
 from shared.fragments import Fragment
 
+log = logging.getLogger(__name__)
+
 SLOT = "slot."
+_NAME = re.compile(r"p([0-9]{4,})-v([0-9]{9,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Checkpoints:
         self.directory, self.run, self.keep, self._disk = directory, run, keep, disk
 
     def entries(self, fragment: int) -> list[Entry]:
-        """The fragment's kept checkpoints, newest first. Raises CorruptError where the manifest is unreadable."""
+        """The fragment's kept checkpoints, newest first. Where the manifest is unreadable, what is there instead: each
+        file says what it is, and is used only once its bytes have proved it."""
         return sorted((e for e in self._manifest() if e.fragment == fragment), key=lambda e: -e.version)
 
     def save(self, state: OuterState) -> None:
@@ -113,7 +119,18 @@ class Checkpoints:
             listing = json.loads(path.read_text(encoding="utf-8"))
             return [Entry(int(e["fragment"]), int(e["version"]), str(e["file"])) for e in listing["checkpoints"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"manifest {path} is corrupt: {error}; restore it from a backup") from None
+            log.warning("manifest %s is corrupt (%s); going by the files beside it", path, error)
+        found = [(_NAME.fullmatch(file.name), file.name) for file in self.directory.glob("*.safetensors")]
+        return [Entry(int(match[1]), int(match[2]), name) for match, name in found if match is not None]
+
+    def manifest_fault(self) -> str | None:
+        """What is wrong with the manifest, if anything is."""
+        path = self.directory / "manifest.json"
+        try:
+            [Entry(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["checkpoints"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"manifest {path} is corrupt: {error}; the next checkpoint mends it"
+        return None
 
 
 def _digest(metadata: dict[str, str]) -> str:

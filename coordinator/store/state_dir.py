@@ -159,6 +159,7 @@ class StateDir:
                 self.journal.forget_sessions()
             self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
+        self._refuse_a_lost_journal()
         initial = build()
         layout = initial.layout
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
@@ -178,6 +179,18 @@ class StateDir:
             initial_digests=json.dumps([state.digest for state in states]),
         )
         return True
+
+    def _refuse_a_lost_journal(self) -> None:
+        """A start that died half way leaves version 0 and nothing else; more is a run whose journal is gone, and must
+        not be taken for an empty directory. Raises CorruptError."""
+        checkpoints = (self.path / "checkpoints").glob("p*-v*.safetensors")
+        found = next((path for path in checkpoints if not path.stem.endswith("v000000000")), None)
+        found = found or next(self.blobs.directory.glob("??/*"), None)
+        if found is not None:
+            raise CorruptError(
+                f"journal {self.journal.path} is empty, and {found} says that a run was trained here; "
+                "restore the journal from a backup, or name another --state"
+            )
 
     def _check_identity(self, known: dict[str, Any], wanted: dict[str, Any]) -> None:
         for key in sorted(known.keys() | wanted.keys()):

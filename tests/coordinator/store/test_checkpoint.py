@@ -168,12 +168,20 @@ def test_a_checkpoint_of_another_run_version_or_shape_is_refused(checkpoints: Ch
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoints": [{"fragment": 0}]}', '{"checkpoints": 3}', "\x00"])
-def test_a_corrupt_manifest_is_told_in_one_sentence(checkpoints: Checkpoints, text: str) -> None:
+def test_a_corrupt_manifest_is_told_and_made_good_by_the_files_beside_it(checkpoints: Checkpoints, text: str) -> None:
+    assert checkpoints.manifest_fault() is not None
     checkpoints.save(state_at(16))
+    assert checkpoints.manifest_fault() is None
     (checkpoints.directory / "manifest.json").write_text(text)
-    with pytest.raises(CorruptError, match=r"manifest\.json is corrupt: .*; restore it from a backup") as caught:
-        checkpoints.entries(0)
-    assert "\n" not in str(caught.value)
+    told = checkpoints.manifest_fault()
+    assert told is not None
+    assert "manifest.json is corrupt: " in told
+    assert "\n" not in told
+    (entry,) = checkpoints.entries(0)
+    assert checkpoints.load(entry, FRAGMENT).version == 16
+    checkpoints.save(state_at(32))
+    assert checkpoints.manifest_fault() is None
+    assert [entry.version for entry in checkpoints.entries(0)] == [32, 16]
 
 
 def test_a_manifest_names_the_run_and_every_file(checkpoints: Checkpoints) -> None:
