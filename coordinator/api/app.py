@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
 EVENTS_SECONDS = 1.0
+QUIET_SECONDS, SLOWEST_SECONDS = 60.0, 600.0
+"""How long a body may pause, and how long one that is held in memory may take."""
 DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
 
 
@@ -54,6 +56,7 @@ class Api:
     def __init__(self, coordinator: Coordinator, *, insecure: bool) -> None:
         self._coordinator, self._insecure = coordinator, insecure
         self._stopping = False
+        self.quiet_seconds = QUIET_SECONDS
 
     def app(self) -> web.Application:
         c = self._coordinator
@@ -214,8 +217,12 @@ class Api:
             self._coordinator.check_run(run)
 
     async def _body(self, request: web.Request, site: str, limit: int, *, uploads: bool = False) -> bytes:
-        """The whole body, bounded."""
-        return b"".join([piece async for piece in self._pieces(request, site, limit, uploads=uploads)])
+        """The whole body, bounded: in size, and in the time that it may take."""
+        try:
+            async with asyncio.timeout(SLOWEST_SECONDS):
+                return b"".join([piece async for piece in self._pieces(request, site, limit, uploads=uploads)])
+        except TimeoutError:
+            raise Refused(Code.CUT, f"the body did not come within {SLOWEST_SECONDS:g} s") from None
 
     async def _pieces(
         self, request: web.Request, site: str, limit: int, *, uploads: bool = False
@@ -224,8 +231,13 @@ class Api:
         if (request.content_length or 0) > limit:
             raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
         counter, core, read = self._coordinator.metrics.bytes_in, self._coordinator.core, 0
+        pieces = request.content.iter_any()
         try:
-            async for piece in request.content.iter_any():
+            while True:
+                async with asyncio.timeout(self.quiet_seconds):
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
                 read += len(piece)
                 if read > limit:
                     raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
@@ -233,6 +245,8 @@ class Api:
                 if site in core.roster:
                     counter.labels(site).inc(len(piece))
                 yield piece
+        except TimeoutError:
+            raise Refused(Code.CUT, f"nothing more of the body came for {self.quiet_seconds:g} s") from None
         except web.RequestPayloadError as error:
             reason = " ".join(str(error).split())
             code = Code.BAD_REQUEST if "Content-Encoding" in request.headers else Code.CUT

@@ -98,9 +98,11 @@ class Site:
         if self.token is not None:
             self.headers["Authorization"] = f"Bearer {self.token}"
 
-    async def ask(self, method: str, path: str, body: Message | bytes | None = None, **more: Any) -> Answer:
-        data = pack(body) if isinstance(body, Message) else body
-        data = data if data is None else io.BytesIO(data)
+    async def ask(
+        self, method: str, path: str, body: Message | bytes | AsyncIterator[bytes] | None = None, **more: Any
+    ) -> Answer:
+        packed = pack(body) if isinstance(body, Message) else body
+        data = io.BytesIO(packed) if isinstance(packed, bytes) else packed
         headers = self.headers | more.pop("headers", {})
         answer: ClientResponse
         async with self.fleet.client.request(method, path, data=data, headers=headers, **more) as answer:
@@ -200,6 +202,7 @@ class Fleet:
     client: Any
     state: Path
     insecure: bool
+    api: Api
 
     @property
     def run(self) -> str:
@@ -232,7 +235,7 @@ Serve = Callable[..., Awaitable[Fleet]]
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     """Serves a coordinator; tables given override the config."""
     (tmp_path / "task.py").write_text(TASK)
-    open_: list[tuple[Fleet, Api]] = []
+    open_: list[Fleet] = []
 
     async def start(*, insecure: bool = False, **tables: dict[str, Any]) -> Fleet:
         values: dict[str, Any] = {
@@ -248,13 +251,13 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         client = TestClient(TestServer(api.app()))
         await client.start_server()
         await coordinator.start()
-        fleet = Fleet(coordinator, client, tmp_path / "state", insecure)
-        open_.append((fleet, api))
+        fleet = Fleet(coordinator, client, tmp_path / "state", insecure, api)
+        open_.append(fleet)
         return fleet
 
     yield start
-    for fleet, api in open_:
-        api.close()
+    for fleet in open_:
+        fleet.api.close()
         fleet.coordinator.publication.close()
         await fleet.client.close()
         await fleet.coordinator.stop()

@@ -566,3 +566,35 @@ async def test_a_part_that_breaks_off_is_not_there_and_comes_again(fleet: Any) -
     assert (await commit(site, upload.id)).is_problem(409, "incomplete")
     assert (await put(site, upload.id, 0, body)).status == 204
     assert outcome(await commit(site, upload.id)).accepted
+
+
+# ---- slow and half-open connections
+
+
+async def stalls(first: bytes) -> AsyncIterator[bytes]:
+    """A body that begins and never ends."""
+    yield first
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("path", ["/v1/join", "/v1/contributions", "/v1/sites/eu/heartbeat"])
+async def test_a_body_that_never_ends_is_let_go(fleet: Any, path: str) -> None:
+    (site,) = await fleet.trains("eu")
+    fleet.api.quiet_seconds = 0.05
+    assert (await site.ask("POST", path, stalls(b"x"))).is_problem(408, "cut")
+    fleet.api.quiet_seconds = 60.0
+    await goes_on(site)
+
+
+async def test_a_part_that_never_ends_is_let_go_and_the_upload_goes_on(fleet: Any, small_parts: int) -> None:
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+    parts = parts_of(body)
+    for n, data in enumerate(parts[:-1]):
+        assert (await put(site, upload.id, n, data)).status == 204
+    fleet.api.quiet_seconds = 0.05
+    assert (await put(site, upload.id, len(parts) - 1, stalls(parts[-1][:3]))).is_problem(408, "cut")
+    fleet.api.quiet_seconds = 60.0
+    assert (await put(site, upload.id, len(parts) - 1, parts[-1])).status == 204
+    assert outcome(await commit(site, upload.id)).accepted
