@@ -70,6 +70,9 @@ class Metrics:
         self.journal_bytes = Gauge("isthmus_journal_bytes", "Size of the journal", registry=r)
         self.state_bytes = Gauge("isthmus_state_bytes", "Size of the state directory", registry=r)
         self.disk_free_bytes = Gauge("isthmus_disk_free_bytes", "Free space under the state directory", registry=r)
+        self.disk_needed_bytes = Gauge(
+            "isthmus_disk_needed_bytes", "What may be written before anything is dropped again", registry=r
+        )
         self.storage_faults = Counter("isthmus_storage_faults", "Writes that the disk refused", registry=r)
         self.loop_lag = Gauge("isthmus_event_loop_lag_seconds", "Last measured lag of the event loop", registry=r)
 
@@ -109,11 +112,12 @@ class Metrics:
             self.staleness.observe(close.version - 1 - contribution.base_version)
             self.weight.labels(contribution.site).set(weight)
 
-    def show_sizes(self, journal: int, state: int, free: int) -> None:
+    def show_sizes(self, journal: int, state: int, free: int, needed: int) -> None:
         """Bytes on disk."""
         self.journal_bytes.set(journal)
         self.state_bytes.set(state)
         self.disk_free_bytes.set(free)
+        self.disk_needed_bytes.set(needed)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

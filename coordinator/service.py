@@ -46,6 +46,7 @@ from shared.protocol import (
     Preview,
     ShardMessage,
 )
+from shared.wire import container_bound
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Coordinator:
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
+        self._disk_is_low = False
         self._absurd: set[tuple[str, str]] = set()
         self._stalled: set[str] = set()
         self._started = self.reader.meta("started") == "1"
@@ -320,8 +322,26 @@ class Coordinator:
 
     async def exposition(self) -> bytes:
         """The metrics, with the sizes on disk as of now."""
-        self.metrics.show_sizes(*await asyncio.to_thread(_sizes, self.store))
+        sizes = await asyncio.to_thread(_sizes, self.store)
+        self.metrics.show_sizes(*sizes, self._disk_needed())
+        self._warn_of_the_disk(sizes[2])
         return self.metrics.exposition()
+
+    def _disk_needed(self) -> int:
+        """Bytes that may be written before anything is dropped again: until each fragment's next checkpoint, and it."""
+        wire, needed = self.config.wire, 0
+        for state in self._states:
+            fragment, sites = state.fragment, max(1, len(self.core.roster))
+            a_round = container_bound(fragment, wire.publish) + sites * container_bound(fragment, wire.upload)
+            needed += self.config.store.checkpoint_versions * a_round + 4 * fragment.size * (2 + len(state.slots))
+        return needed
+
+    def _warn_of_the_disk(self, free: int) -> None:
+        """Once, until there is room again."""
+        low, needed = free < self._disk_needed(), self._disk_needed()
+        if low and not self._disk_is_low:
+            log.warning("%d MB are free under %s; up to %d MB may be needed", free >> 20, self.store.path, needed >> 20)
+        self._disk_is_low = low
 
     # -- carrying out decisions
 
@@ -412,6 +432,7 @@ class Coordinator:
         )
         for digest in pruned.result():
             self.store.blobs.remove(digest)
+        self._warn_of_the_disk(shutil.disk_usage(self.store.path).free)
 
     async def _keep_time(self) -> None:
         while True:

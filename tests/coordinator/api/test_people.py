@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,3 +167,24 @@ async def test_a_fault_of_our_own_is_a_problem_document_and_the_daemon_goes_on(
     assert answer.is_problem(500, "internal")
     assert b"secret" not in answer.body
     assert (await site.ask("GET", "/v1/join")).status == 200
+
+
+async def test_a_disk_that_will_not_do_is_told_before_it_is_full(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fleet.trains("eu")
+
+    async def looks(free: int) -> tuple[float, float]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        lines = (await fleet.get("/metrics")).body.decode().splitlines()
+        values = dict(line.split(" ") for line in lines if line.startswith("isthmus_disk_"))
+        return float(values["isthmus_disk_free_bytes"]), float(values["isthmus_disk_needed_bytes"])
+
+    free, needed = await looks(1 << 40)
+    assert free > needed > 4 * 3 * fleet.coordinator.layout.parameters
+    assert not caplog.records
+    assert await looks(1000) == (1000.0, needed)
+    assert await looks(999) == (999.0, needed)
+    assert [record.message for record in caplog.records if "MB are free" in record.message] == [
+        f"0 MB are free under {fleet.state}; up to {int(needed) >> 20} MB may be needed"
+    ]
