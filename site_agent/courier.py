@@ -119,6 +119,7 @@ class Courier:
         self.repairs = 0
         self.evaluates = True
         self.soon_seconds = READY_HEARTBEAT_SECONDS
+        self.heartbeats_per_lease = HEARTBEATS_PER_LEASE
         self._link, self._site, self._metrics, self._post = link, site, metrics, post
         self._link.in_touch = self._touch
         self._answers = True
@@ -239,7 +240,7 @@ class Courier:
             if orders != last:
                 self._post(Ordered(orders))
                 last = _without_evaluation(orders)
-            pause = self._joined.lease_seconds / HEARTBEATS_PER_LEASE
+            pause = self._joined.lease_seconds / self.heartbeats_per_lease
             if report.state != "training" or self._follows:
                 # Who wants to join rounds that are about to close must hear of them in time.
                 pause = min(pause, self.soon_seconds)

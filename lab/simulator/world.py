@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
 OUTAGE_STEPS = 5
-TICK_SECONDS, SOON_SECONDS = 10.0, 1.0
-"""Virtual seconds between ticks and early heartbeats: where nothing happens, nothing need be computed."""
+TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 3.0, 5
+"""Virtual seconds between ticks and early heartbeats, and how many others: where nothing happens, nothing need be
+computed."""
 
 _life: contextvars.ContextVar[Life | None] = contextvars.ContextVar("life", default=None)
 
@@ -291,6 +292,7 @@ class SiteProcess:
             link.inline_bytes = 0
         courier = Courier(link, self.name, metrics, news.put_nowait)
         courier.evaluates, courier.soon_seconds = False, SOON_SECONDS
+        courier.heartbeats_per_lease = HEARTBEATS_PER_LEASE
         joined = await courier.join(3600.0)
         run = received_run(joined.config)
         trainer = CountingTrainer(run.rounds.fragments, strides_of(self.name))
