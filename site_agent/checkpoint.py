@@ -1,8 +1,8 @@
 """A site's local checkpoints: everything that a restarted agent needs to go on as if it had not stopped.
 
 One directory each, `step-N/`, with `tensors.safetensors` (weights, inner optimizer, anchors, snapshots on
-their way, error feedback) and `manifest.json` (counters, decisions, data position); written beside and
-renamed, the last two kept. They belong to one run, and only ever speed this site up: published weights
+their way, error feedback) and `manifest.json` (counters, decisions, data position; sealed by digests of itself and of the tensors); written
+beside and renamed, the last two kept. They belong to one run, and only ever speed this site up: published weights
 come from the coordinator.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,12 +41,15 @@ def save(
         disk.remove(leftover)
     # A second one of the same step (a site that waits trains none) must not take the place of the first before it is
     # there.
-    final = directory / f"step-{step:012d}.{len(list(directory.glob(f'step-{step:012d}.*'))):04d}"
+    known = [int(path.suffix[1:]) for path in directory.glob(f"step-{step:012d}.*")]
+    final = directory / f"step-{step:012d}.{max(known, default=-1) + 1:06d}"
     beside = directory / f".{final.name}"
     beside.mkdir()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     disk.write(beside / "tensors.safetensors", lambda path: save_file(contiguous, path))
-    disk.write(beside / "manifest.json", lambda path: _write_text(path, json.dumps(manifest)))
+    sealed = {"tensors": _file_digest(beside / "tensors.safetensors"), "manifest": dict(manifest)}
+    sealed["seal"] = _seal(sealed)
+    disk.write(beside / "manifest.json", lambda path: _write_text(path, json.dumps(sealed)))
     for path in beside.iterdir():
         disk.sync(path)
     disk.sync_directory(beside)
@@ -62,9 +66,11 @@ def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str,
     """
     for path in sorted(directory.glob("step-*"), reverse=True):
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            manifest, digest = _manifest(path)
+            if _file_digest(path / "tensors.safetensors") != digest:
+                raise ValueError("tensors.safetensors is not what was written")
             tensors = load_file(path / "tensors.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be read (%s); trying the one before", path, error)
             continue
         if manifest.get("run") != run:
@@ -81,7 +87,7 @@ def oldest_record(directory: Path) -> int:
     oldest = []
     for path in directory.glob("step-*"):
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            manifest, _ = _manifest(path)
             pending = [number for numbers in manifest["outbox"]["pending"].values() for number in numbers]
             oldest.append(min([manifest["outbox"]["next_number"], *pending, *manifest["numbers"].values()]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -164,6 +170,28 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain:
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a checkpoint as it was written, and the digest of its tensors' file. Raises ValueError, KeyError,
+    TypeError, OSError where it is not."""
+    sealed = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if sealed.pop("seal") != _seal(sealed):
+        raise ValueError("manifest.json is not what was written")
+    return sealed["manifest"], sealed["tensors"]
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _file_digest(path: Path) -> str:
+    """XXH3-128 of a file, read in bounded pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:
