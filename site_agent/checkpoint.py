@@ -1,9 +1,9 @@
 """A site's local checkpoints: everything that a restarted agent needs to go on as if it had not stopped.
 
-One directory each, `step-N/`, with `tensors.safetensors` (weights, inner optimizer, anchors, snapshots on
-their way, error feedback) and `manifest.json` (counters, decisions, data position; sealed by digests of itself and of the tensors); written
-beside and renamed, the last two kept. They belong to one run, and only ever speed this site up: published weights
-come from the coordinator.
+One directory each, `step-N.K/`, with `tensors.safetensors` (weights, inner optimizer, anchors, snapshots on their way,
+error feedback) and `manifest.json` (counters, decisions, data position; sealed by digests of itself and of the
+tensors); written beside and renamed, the last two kept. They belong to one run, and only ever speed this site up:
+published weights come from the coordinator.
 """
 
 from __future__ import annotations
