@@ -15,7 +15,7 @@ import numpy as np
 from coordinator.core.run import SiteActive
 from coordinator.service import Coordinator
 from coordinator.verify import verify
-from lab.simulator.counting import PLACES, strides_of
+from lab.simulator.counting import PLACES, Stride
 from shared.config import RunConfig
 from shared.fragments import F32
 from shared.wire import open_container
@@ -57,7 +57,7 @@ class Auditor:
         self._config, self._clock, self._failed = config, clock, failed
         self._coordinator: Coordinator | None = None
         self._heard = dict.fromkeys(sites, 0.0)
-        self._strides = {site: strides_of(site) for site in sites}
+        self._strides = {site: Stride(site) for site in sites}
         self._contributions: list[Seen] = []
         self._newest: dict[tuple[str, int], Seen] = {}
         self._by_base: dict[tuple[str, int, int], Seen] = {}
@@ -182,7 +182,7 @@ class Auditor:
         if not learner.training or self._config.rounds.align != "carry" or site in self.forgetful:
             return
         self.checks += 1
-        taken = learner.stream.taken() * self._strides[site]  # type: ignore[attr-defined]
+        taken = self._strides[site].after(learner.stream.state_dict()["position"])
         for p, view in enumerate(learner.core.fragments):
             flight = view.in_flight
             if view.complete or view.arrived is not None or learner.replays(p):

@@ -2,8 +2,8 @@
 
 Inner step k of a site adds about one to place k mod `PLACES` of every fragment's pseudo-gradient. So what a site has
 delivered, plus what it still holds, can be compared with the steps that it took, place by place: a step that was lost
-or delivered twice shows, and which one it was. (About one, and different at each place and site: sums of such numbers
-show the order in which they were made.)
+or delivered twice shows, and which one it was. (About one, different at each place and site, and a little everywhere:
+sums of such numbers show the order in which they were made.)
 """
 
 from __future__ import annotations
@@ -45,9 +45,19 @@ class Counting(Task):
         return TOKENS
 
 
-def strides_of(site: str) -> F32:
-    """What a step of the site adds at each place, fp32 (PLACES,)."""
-    return np.random.default_rng(list(site.encode())).uniform(0.9, 1.1, PLACES).astype(np.float32)
+class Stride:
+    """What the steps of a site add: about one at their own place, and a little everywhere."""
+
+    def __init__(self, site: str) -> None:
+        rng = np.random.default_rng(list(site.encode()))
+        self.here: F32 = rng.uniform(0.9, 1.1, PLACES).astype(np.float32)
+        self.everywhere: F32 = rng.uniform(-0.01, 0.01, PLACES).astype(np.float32)
+
+    def after(self, steps: int) -> F32:
+        """What so many steps have added up to, fp32 (PLACES,)."""
+        whole, rest = divmod(steps, PLACES)
+        times = whole + (np.arange(PLACES) < rest)
+        return (times * self.here + steps * self.everywhere).astype(np.float32)
 
 
 class Steps:
@@ -69,25 +79,21 @@ class Steps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.position = int(state["position"])
 
-    def taken(self) -> F32:
-        """How often each place was stepped on, fp32 (PLACES,)."""
-        whole, rest = divmod(self.position, PLACES)
-        return (whole + (np.arange(PLACES) < rest)).astype(np.float32)
-
 
 class CountingTrainer:
     """The trainer of a simulated site; see site_agent.learner.Trains."""
 
     skipped_steps = 0
 
-    def __init__(self, fragments: int, strides: F32) -> None:
-        self._strides = strides
+    def __init__(self, fragments: int, stride: Stride) -> None:
+        self._stride = stride
         self.theta = [np.zeros(PLACES, np.float32) for _ in range(fragments)]
 
     def step(self, stream: Any, lr: float) -> tuple[float, int, float]:
         place = next(stream) % PLACES
         for theta in self.theta:
-            theta[place] -= self._strides[place]
+            theta -= self._stride.everywhere
+            theta[place] -= self._stride.here[place]
         return 1.0, TOKENS, 0.0
 
     def read(self, fragment: int) -> F32:

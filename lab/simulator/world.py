@@ -21,7 +21,7 @@ from coordinator.core.membership import LEASE_SECONDS
 from coordinator.machine import Machine
 from coordinator.service import Coordinator
 from lab.simulator.audit import Auditor, Violation
-from lab.simulator.counting import CountingTrainer, Steps, strides_of
+from lab.simulator.counting import CountingTrainer, Steps, Stride
 from lab.simulator.disk import Crashed, FaultyDisk
 from lab.simulator.loop import Deadlock, Lanes, VirtualLoop
 from lab.simulator.network import Imagined, Routes, Weather, Wire
@@ -295,7 +295,7 @@ class SiteProcess:
         courier.heartbeats_per_lease = HEARTBEATS_PER_LEASE
         joined = await courier.join(3600.0)
         run = received_run(joined.config)
-        trainer = CountingTrainer(run.rounds.fragments, strides_of(self.name))
+        trainer = CountingTrainer(run.rounds.fragments, Stride(self.name))
         place = Place(self.directory, world.schedule.checkpoint_seconds, Lanes(1, world.duration), disk)
         learner = self.learner = Learner(
             run,
