@@ -290,10 +290,11 @@ class Journal:
         row = self._one(_CONTRIBUTIONS + " WHERE c.id = ?", id_)
         return None if row is None else _contribution(row)
 
-    def accepted(self) -> int:
-        """How many contributions the journal knows."""
-        row = self._one("SELECT COUNT(*) AS accepted FROM contributions")
-        return 0 if row is None else int(row["accepted"])
+    def acceptances(self) -> list[tuple[str, float]]:
+        """(site, wall-clock time) of every contribution that the journal knows, in order of acceptance."""
+        with self._reading():
+            rows = self._db.execute("SELECT site, accepted_at FROM contributions ORDER BY seq").fetchall()
+        return [(row["site"], row["accepted_at"]) for row in rows]
 
     def contributions(self, *, newest_of_each: bool = False) -> list[StoredContribution]:
         """In order of acceptance: those that no round holds, and with `newest_of_each` the last one of each
