@@ -24,7 +24,7 @@ from coordinator.uploads import SpooledUpload, Uploads, upload_id
 from coordinator.workers import Workers
 from shared.codecs.kernels import square_sum
 from shared.errors import FormatError
-from shared.protocol import Code, OpenUpload, Outcome, Upload
+from shared.protocol import INLINE_BYTES, Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
 
 log = logging.getLogger(__name__)
@@ -88,30 +88,36 @@ class Intake:
         upload = self.uploads.open(id_, message.model_copy(update={"body": None}), self._clock())
         outcome = None
         if message.body is not None:
-            if len(message.body) != message.size or upload.part_count != 1:
+            if len(message.body) != message.size or message.size > INLINE_BYTES:
                 raise Refused(
                     Code.BAD_REQUEST, f"a body of {len(message.body)} bytes where {message.size} were announced"
                 )
-            await self._write(upload, 0, 0, message.body)
-            upload.parts.add(0)
+            await self._write(upload, 0, upload.part_bytes, 0, message.body)
+            upload.parts.update(range(upload.part_count))
             outcome = await self.commit(site, id_)
         return Upload(id=id_, part_size=upload.part_bytes, parts=sorted(upload.parts), outcome=outcome)
 
-    async def put_part(self, site: str, id_: str, part: int, pieces: AsyncIterator[bytes]) -> None:
+    async def put_part(
+        self, site: str, id_: str, part: int, pieces: AsyncIterator[bytes], part_bytes: int | None = None
+    ) -> None:
         """Stores one part as it comes in, so that many slow links at once take no memory to speak of; the same part
-        again does no harm."""
+        again does no harm. `part_bytes` is how the site cuts the upload."""
         upload = self._upload(site, id_)
+        if part_bytes not in (None, upload.part_bytes):
+            raise Refused(Code.UNKNOWN_UPLOAD, f"upload {id_} is cut otherwise by now; open it again")
         if not 0 <= part < upload.part_count:
             raise Refused(Code.BAD_REQUEST, f"part {part} of an upload of {upload.part_count} parts")
+        cut = upload.part_bytes
         _, size = upload.part_range(part)
         written = 0
         async for data in _gathered(pieces, SPOOL_BYTES):
             if written + len(data) <= size:
-                await self._write(upload, part, written, data)
+                await self._write(upload, part, cut, written, data)
             written += len(data)
         if written != size:
             raise Refused(Code.BAD_REQUEST, f"part {part} has {written} bytes and must have {size}")
-        upload.parts.add(part)
+        if upload.part_bytes == cut:
+            upload.parts.add(part)
 
     async def commit(self, site: str, id_: str) -> Outcome:
         """Accepts or refuses a finished upload; may be asked again, and then answers the same."""
@@ -222,10 +228,11 @@ class Intake:
         if self.uploads.get(upload.id) is not upload:
             raise Refused(Code.UNKNOWN_UPLOAD, f"upload {upload.id} is no longer open; open it again")
 
-    async def _write(self, upload: SpooledUpload, part: int, at: int, data: bytes) -> None:
-        """Writes `data` at `at` of a part, unless the part is here already or the upload no longer open."""
+    async def _write(self, upload: SpooledUpload, part: int, cut: int, at: int, data: bytes) -> None:
+        """Writes `data` at `at` of a part of `cut` bytes, unless it is here already, the upload no longer open, or cut
+        finer meanwhile."""
         async with upload.lock:
-            if part in upload.parts or self.uploads.get(upload.id) is not upload:
+            if part in upload.parts or self.uploads.get(upload.id) is not upload or upload.part_bytes != cut:
                 return
             offset, _ = upload.part_range(part)
             try:

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from shared.files import DISK, Disk
-from shared.protocol import PART_BYTES, OpenUpload
+from shared.protocol import PART_BYTES, SMALLEST_PART_BYTES, OpenUpload
 
 IDLE_SECONDS = 3600.0
 """An upload that no byte has reached for this long is dropped."""
@@ -51,6 +51,14 @@ class SpooledUpload:
     def complete(self) -> bool:
         return len(self.parts) == self.part_count
 
+    def cut_finer(self, part_bytes: int) -> None:
+        """Parts of `part_bytes` from now on where that is less; what is here stays here."""
+        pieces = self.part_bytes // part_bytes
+        if pieces > 1:
+            self.parts = {pieces * part + n for part in self.parts for n in range(pieces)}
+            self.part_bytes = part_bytes
+            self.parts &= set(range(self.part_count))
+
     def write(self, offset: int, data: bytes) -> None:
         """Writes `data` at its place. Raises OSError. Not synced: the commit does that once."""
         self.disk.write_at(self.path, offset, data)
@@ -73,6 +81,7 @@ class Uploads:
             self._drop_idle(opening.site, now)
             upload = SpooledUpload(id_, opening, self.directory / id_, self._disk, self.part_bytes, now)
             self._open[id_] = upload
+        upload.cut_finer(_halved(self.part_bytes, opening.part_size))
         upload.opening = opening  # the newest session of the site may go on with what an earlier one began
         upload.touched = now
         return upload
@@ -88,3 +97,11 @@ class Uploads:
         mine = [u for u in self._open.values() if u.opening.site == site and not u.lock.locked()]
         for upload in sorted(mine, key=lambda u: u.touched)[: max(0, len(mine) - self.per_site + 1)]:
             self.close(upload)
+
+
+def _halved(largest: int, wanted: int) -> int:
+    """The size of parts nearest to `wanted`: `largest`, halved as often as it takes and as parts may be."""
+    size = largest
+    while size > wanted and size % 2 == 0 and size // 2 >= min(largest, SMALLEST_PART_BYTES):
+        size //= 2
+    return size

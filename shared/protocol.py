@@ -16,14 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.config import SITE_NAME
 from shared.errors import FormatError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
 """Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
 
 PART_BYTES = 4 << 20
-"""A contribution goes in parts of this size, which the coordinator writes to disk as they come in."""
+"""The largest part of a contribution; the coordinator writes parts to disk as they come in."""
+SMALLEST_PART_BYTES = 64 << 10
+"""A site with a slow link may ask for parts as small as this."""
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
 MESSAGE_BYTES = 1 << 20
@@ -173,7 +175,8 @@ class Leave(Message):
 
 
 class OpenUpload(Message):
-    """Announces a contribution of `size` bytes. `body` holds all of it where it fits one part."""
+    """Announces a contribution of `size` bytes. `body` holds all of it where it is small. `part_size`: the largest
+    parts that the site wants to send; an upload that is open already can be cut finer, never coarser."""
 
     run: RunId
     site: Name
@@ -182,6 +185,7 @@ class OpenUpload(Message):
     base_version: Count
     size: Count
     digest: BlobDigest
+    part_size: Count
     body: bytes | None
 
 

@@ -24,7 +24,7 @@ import torch
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import F32, Fragment, Layout, digest_flat
-from shared.protocol import Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
+from shared.protocol import PART_BYTES, Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
 from shared.wire import blob_digest, container_bound, open_container
 from site_agent.contribution import Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
@@ -329,6 +329,7 @@ class Courier:
                 base_version=base,
                 size=len(body),
                 digest=digest,
+                part_size=PART_BYTES,
                 body=None,
             )
             try:

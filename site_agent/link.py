@@ -37,6 +37,7 @@ from shared.protocol import (
     unpack,
 )
 from shared.wire import blob_digest
+from site_agent.core.upload_pace import UploadPace
 from site_agent.transport import Reply, Request, TransientError, Transport
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ M = TypeVar("M", bound=Message)
 
 WAIT_SECONDS = 20.0
 BACKOFF_FIRST, BACKOFF_LONGEST = 0.2, 15.0
-PARALLEL_PARTS = 4
 DAMAGED = 5
 """An object that comes whole and wrong so often is not damaged on its way."""
 FAILURES = 3
@@ -61,6 +61,10 @@ class Refusal(RefusedError):
         self.version = version
 
 
+class _BrokeError(Exception):
+    """A request that took long and failed, and would do better in another shape."""
+
+
 def backoff(attempt: int, chance: float) -> float:
     """Seconds to wait before try `attempt` (from 1), for a uniform `chance` in [0, 1): full jitter."""
     return chance * float(min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(attempt - 1, 16)))
@@ -75,6 +79,7 @@ class Link:
     def __init__(self, transport: Transport, site: str, patience: float) -> None:
         self.patience = patience
         self.inline_bytes = INLINE_BYTES
+        self.pace = UploadPace()
         self.in_touch: Callable[[bool], None] = lambda ok: None
         """Told whether the coordinator answers on the control connection, with each answer and at the third failure."""
         self.run = ""
@@ -119,11 +124,15 @@ class Link:
         """Uploads a contribution, in one request or in parallel parts, and returns what became of it."""
         while True:
             announced = pack(self._with_body(opening, body))
-            upload = _understood(Upload, await self._ask(Request("POST", "/v1/contributions", body=announced)))
-            if upload.outcome is not None:
-                return upload.outcome
+            request = Request("POST", "/v1/contributions", body=announced)
             try:
+                upload = _understood(Upload, await self._ask(request, broke=self.pace.broke))
+                if upload.outcome is not None:
+                    return upload.outcome
                 return await self._send_parts(upload, body)
+            except _BrokeError as error:
+                pace = self.pace
+                log.info("%s; parts of %d bytes, %d at a time, from now on", error, pace.part_bytes, pace.lanes)
             except RefusedError as error:
                 # The coordinator was started anew and forgot the open upload: opened again, it goes on.
                 if error.code not in (Code.UNKNOWN_UPLOAD, Code.INCOMPLETE):
@@ -132,20 +141,28 @@ class Link:
 
     def _with_body(self, opening: OpenUpload, body: bytes) -> OpenUpload:
         """The announcement, with the body in it where that makes one request of the two."""
-        return opening.model_copy(update={"body": body if len(body) <= self.inline_bytes else None})
+        small = len(body) <= min(self.inline_bytes, self.pace.part_bytes)
+        return opening.model_copy(update={"part_size": self.pace.part_bytes, "body": body if small else None})
 
     async def _send_parts(self, upload: Upload, body: bytes) -> Outcome:
         size, path = upload.part_size, f"/v1/contributions/{upload.id}"
-        missing = [n for n in range(-(-len(body) // size)) if n not in upload.parts]
-        lanes = asyncio.Semaphore(PARALLEL_PARTS)
+        missing = [n for n in reversed(range(-(-len(body) // size))) if n not in upload.parts]
+        clock = asyncio.get_running_loop().time
 
-        async def send(n: int) -> None:
-            async with lanes:
+        async def lane() -> None:
+            while missing:
+                n, began = missing.pop(), clock()
                 part = body[n * size : (n + 1) * size]
-                await self._ask(Request("PUT", f"{path}/parts/{n}", body=part))
+                request = Request("PUT", f"{path}/parts/{n}", {"part_size": str(size)}, part)
+                try:
+                    await self._ask(request, broke=self.pace.broke)
+                except BaseException:
+                    missing.clear()
+                    raise
+                self.pace.took(len(part), clock() - began)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_plainly(send(n))) for n in missing]
+            tasks = [group.create_task(_plainly(lane())) for _ in range(min(self.pace.lanes, len(missing)))]
         for task in tasks:
             if (error := task.result()) is not None:
                 raise error
@@ -169,8 +186,11 @@ class Link:
 
     # -- one request
 
-    async def _ask(self, request: Request, patience: float | None = None) -> bytes:
-        """The answer's body. Raises Refusal for a problem document, FaultError when the patience is at its end."""
+    async def _ask(
+        self, request: Request, patience: float | None = None, broke: Callable[[float], bool] | None = None
+    ) -> bytes:
+        """The answer's body. Raises Refusal for a problem document, FaultError when the patience is at its end, and
+        _BrokeError where `broke`, told how many seconds a failed try took, would have it tried otherwise."""
         clock = asyncio.get_running_loop().time
         began, attempt = clock(), 0
         if request.method == "GET" and self.run:
@@ -178,6 +198,7 @@ class Link:
         download = _Download()
         while True:
             attempt += 1
+            tried = clock()
             try:
                 body = await download.take(await self._once(download.rest_of(request)))
                 if request.control:
@@ -185,6 +206,8 @@ class Link:
                 return body
             except TransientError as error:
                 fault = str(error)
+                if broke is not None and broke(clock() - tried):
+                    raise _BrokeError(f"{request.path} was cut off after {clock() - tried:.0f} s ({fault})") from None
                 if download.damaged >= DAMAGED:
                     raise Refusal(Code.VERSION_GONE, f"{request.path} is damaged at the coordinator", None) from None
                 if gets_on := download.keep(error.partial):
@@ -262,7 +285,7 @@ async def _plainly(work: Coroutine[None, None, None]) -> Exception | None:
     """The error that `work` ends in, as a value: a task group would wrap it, and callers look at its code."""
     try:
         await work
-    except (RefusedError, FaultError) as error:
+    except (RefusedError, FaultError, _BrokeError) as error:
         return error
     return None
 

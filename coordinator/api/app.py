@@ -130,7 +130,10 @@ class Api:
     async def put_part(self, request: web.Request) -> web.Response:
         site = self._site(request)
         pieces = self._pieces(request, site, PART_BYTES, uploads=True)
-        await self._coordinator.intake.put_part(site, request.match_info["id"], int(request.match_info["part"]), pieces)
+        id_, part = request.match_info["id"], int(request.match_info["part"])
+        size = request.query.get("part_size", "")
+        cut = int(size) if size.isdecimal() else None
+        await self._coordinator.intake.put_part(site, id_, part, pieces, cut)
         return web.Response(status=204)
 
     async def commit(self, request: web.Request) -> web.Response:

@@ -116,6 +116,7 @@ async def act_as_sites(coordinator: Coordinator, sessions: dict[str, str], order
                     base_version=base,
                     size=len(body),
                     digest=blob_digest(body),
+                    part_size=1 << 22,
                     body=body,
                 )
                 try:
@@ -265,6 +266,7 @@ def test_an_acknowledged_contribution_survives_a_kill(tmp_path: Path, killing: l
             base_version=0,
             size=len(body),
             digest=blob_digest(body),
+            part_size=1 << 22,
             body=body,
         )
         outcome = (await coordinator.intake.open("a", opening)).outcome

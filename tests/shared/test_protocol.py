@@ -64,7 +64,15 @@ HEARTBEAT = Heartbeat(
 )
 OUTCOME = Outcome(accepted=True, version=4)
 OPENING = OpenUpload(
-    run="r", site="eu-west", session="s", fragment=0, base_version=3, size=3, digest="a" * 64, body=b"\x00\xff\x80"
+    run="r",
+    site="eu-west",
+    session="s",
+    fragment=0,
+    base_version=3,
+    size=3,
+    digest="a" * 64,
+    part_size=1 << 18,
+    body=b"\x00\xff\x80",
 )
 UPLOAD = Upload(id="f" * 32, part_size=PART_BYTES, parts=[0, 2], outcome=None)
 LAYOUT: list[list[tuple[str, list[int]]]] = [[("a", [2, 3]), ("b", [])], [("c", [5])]]

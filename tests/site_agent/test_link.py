@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
 
+from lab.simulator.loop import VirtualLoop
 from shared.errors import FaultError
+from shared.protocol import OpenUpload, Outcome, Upload, pack, unpack
 from shared.wire import blob_digest
 from site_agent import link
+from site_agent.core.upload_pace import FIRST_BYTES
 from site_agent.link import FAILURES, Link, Refusal
 from site_agent.transport import Reply, Request, TransientError, Transport
 
@@ -132,3 +136,75 @@ async def test_the_coordinator_is_out_of_reach_after_a_few_failures_in_a_row_and
     assert heard == [True]
     await asking.leave("session", 60.0)
     assert heard == [True, False, True]
+
+
+class Narrow(Transport):
+    """A coordinator behind a link of `rate` bytes a second, which all requests share, and a proxy that lets no request
+    last a minute."""
+
+    url = "narrow://"
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.free = rate, 0.0
+        self.held: dict[int, bytes] = {}
+        self.part_size, self.carried = 4 << 20, 0
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def send(self, request: Request) -> Reply:
+        loop = asyncio.get_running_loop()
+        sent, body = 0, request.body or b""
+        began = loop.time()
+        while sent < len(body):  # by packets, in turn with all others
+            self.free = max(self.free, loop.time()) + 1500 / self.rate
+            await asyncio.sleep(self.free - loop.time())
+            sent += 1500
+            self.carried += 1500
+            if loop.time() - began > 60.0:
+                raise TransientError("504 the proxy has waited for a minute")
+        if request.method == "PUT":
+            assert request.query["part_size"] == str(self.part_size)
+            self.held[int(request.path.rpartition("/")[2])] = body
+            return Reply(204, {}, b"")
+        if request.path.endswith("/commit"):
+            return Reply(200, {}, pack(Outcome(accepted=True, version=1)))
+        opening = unpack(OpenUpload, body)
+        assert opening.body is None
+        if opening.part_size < self.part_size:
+            pieces = self.part_size // opening.part_size
+            self.held = {
+                pieces * n + k: whole[k * opening.part_size : (k + 1) * opening.part_size]
+                for n, whole in self.held.items()
+                for k in range(pieces)
+            }
+            self.part_size = opening.part_size
+        upload = Upload(id="f" * 32, part_size=self.part_size, parts=sorted(self.held), outcome=None)
+        return Reply(200, {}, pack(upload))
+
+
+@pytest.mark.parametrize("rate", [5e3, 1e5, 1.25e6])
+def test_an_upload_gets_through_a_proxy_that_cuts_at_a_minute(rate: float) -> None:
+    body = bytes(range(256)) * (8 << 12)
+    opening = OpenUpload(
+        run="r",
+        site="eu",
+        session="s",
+        fragment=0,
+        base_version=0,
+        size=len(body),
+        digest=blob_digest(body),
+        part_size=0,
+        body=None,
+    )
+    narrow = Narrow(rate)
+    loop = VirtualLoop(lambda: 0.0)
+    try:
+        loop.run_until_complete(Link(narrow, "eu", patience=60.0).contribute(opening, body))
+    finally:
+        loop.close()
+    assert b"".join(part for _, part in sorted(narrow.held.items())) == body
+    assert narrow.carried < 1.2 * len(body) + 8 * FIRST_BYTES

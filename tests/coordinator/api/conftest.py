@@ -20,6 +20,7 @@ from coordinator.tokens import add_token
 from shared.config import RunConfig, parse
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import (
+    PART_BYTES,
     PROTOCOL,
     SITE_HEADER,
     Heartbeat,
@@ -171,6 +172,7 @@ class Site:
             "base_version": base,
             "size": len(body),
             "digest": blob_digest(body),
+            "part_size": PART_BYTES,
             "body": body if inline else None,
         }
         return OpenUpload.model_construct(**fields | more)

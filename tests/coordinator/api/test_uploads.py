@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator import uploads
 from coordinator.api.errors import STATUS
 from coordinator.intake import Intake
 from coordinator.refused import Refused
@@ -598,3 +599,49 @@ async def test_a_part_that_never_ends_is_let_go_and_the_upload_goes_on(fleet: An
     fleet.api.quiet_seconds = 60.0
     assert (await put(site, upload.id, len(parts) - 1, parts[-1])).status == 204
     assert outcome(await commit(site, upload.id)).accepted
+
+
+# ---- how an upload is cut
+
+
+async def test_a_site_may_ask_for_smaller_parts(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "SMALLEST_PART_BYTES", 16)
+    fleet.coordinator.intake.uploads.part_bytes = PART
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    assert (await opened(site, body, part_size=40)).part_size == 32
+    assert (await opened(site, body, part_size=1)).part_size == 16
+    assert (await opened(site, body, part_size=1 << 40)).part_size == 16, "never coarser again"
+
+
+async def test_what_is_here_stays_here_when_an_upload_is_cut_finer(
+    fleet: Any, small_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "SMALLEST_PART_BYTES", 16)
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload, parts = await opened(site, body), parts_of(body)
+    last = len(parts) - 1
+    await put(site, upload.id, 1, parts[1])
+    await put(site, upload.id, last, parts[last])
+    finer = await opened(site, body, part_size=PART // 2)
+    assert (finer.id, finer.part_size) == (upload.id, PART // 2)
+    count = -(-len(body) // (PART // 2))
+    assert set(finer.parts) == {2, 3, *range(2 * last, count)}
+    for n in set(range(count)) - set(finer.parts):
+        await put(site, upload.id, n, body[n * PART // 2 : (n + 1) * PART // 2])
+    assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_a_part_of_the_old_cut_is_not_taken_for_one_of_the_new(
+    fleet: Any, small_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "SMALLEST_PART_BYTES", 16)
+    (site,) = await fleet.trains("eu")
+    body = site.body()
+    upload = await opened(site, body)
+    await opened(site, body, part_size=PART // 2)
+    path = f"/v1/contributions/{upload.id}/parts/0"
+    late = await site.ask("PUT", path, body[: PART // 2], params={"part_size": str(PART)})
+    assert late.is_problem(404, "unknown-upload")
+    assert (await opened(site, body)).parts == []

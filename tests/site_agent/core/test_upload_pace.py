@@ -1,0 +1,50 @@
+"""How an upload is cut follows what the link does."""
+
+from __future__ import annotations
+
+from shared.protocol import PART_BYTES, SMALLEST_PART_BYTES
+from site_agent.core.upload_pace import AIM_SECONDS, FIRST_BYTES, MOST_LANES, UploadPace
+
+
+def after(rate: float, parts: int = 20) -> UploadPace:
+    """The pace after some parts over a link of `rate` bytes a second."""
+    pace = UploadPace()
+    for _ in range(parts):
+        pace.took(pace.part_bytes, pace.part_bytes * pace.lanes / rate)
+    return pace
+
+
+def test_a_fast_link_gets_the_largest_parts() -> None:
+    assert (after(1e9).part_bytes, after(1e9).lanes) == (PART_BYTES, MOST_LANES)
+
+
+def test_a_part_takes_seconds_at_any_rate() -> None:
+    for rate in (2e4, 1e5, 5e5, 1e6):
+        pace = after(rate)
+        assert pace.part_bytes * pace.lanes / rate <= AIM_SECONDS
+
+
+def test_a_link_that_hardly_carries_anything_has_one_lane_of_the_smallest_parts() -> None:
+    assert (after(1e3).part_bytes, after(1e3).lanes) == (SMALLEST_PART_BYTES, 1)
+
+
+def test_a_link_that_gets_better_is_used() -> None:
+    pace = after(1e3)
+    for _ in range(20):
+        pace.took(pace.part_bytes, 0.01)
+    assert (pace.part_bytes, pace.lanes) == (PART_BYTES, MOST_LANES)
+
+
+def test_the_short_end_of_an_upload_says_nothing_of_the_link() -> None:
+    pace = UploadPace()
+    pace.took(100, 60.0)
+    assert pace.part_bytes == FIRST_BYTES
+
+
+def test_what_breaks_after_a_while_goes_in_smaller_parts_until_there_are_none() -> None:
+    pace = UploadPace()
+    assert not pace.broke(0.1), "no connection is not a slow one"
+    shapes = []
+    while pace.broke(60.0):
+        shapes.append((pace.part_bytes, pace.lanes))
+    assert shapes == [(FIRST_BYTES // 4, 2), (SMALLEST_PART_BYTES, 1)]
