@@ -43,11 +43,12 @@ class Storm:
     async def rage(self) -> None:
         """Until it is cancelled."""
         while True:
-            await asyncio.sleep(self.rng.expovariate(1 / self.pause))
+            await asyncio.sleep(self.rng.uniform(0.5, 1.5) * self.pause)
             kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
             whom = "coordinator" if kind == "kill-coordinator" else self.rng.choice(self.course.sites)
             if whom in self._busy or (whom != "coordinator" and not self.course.runs(whom)):
-                whom = next((site for site in self.course.sites if site not in self._busy and self.course.runs(site)), "")
+                well = [site for site in self.course.sites if site not in self._busy and self.course.runs(site)]
+                whom = self.rng.choice(well) if well else ""
                 kind = "cut"
             if whom:
                 self.strike(kind, whom)
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--faults-per-hour", type=float, default=250.0)
     parser.add_argument("--tokens", type=int, help="of each run")
     options = parser.parse_args()
-    tokens = options.tokens or (600_000 if options.quick else 4_000_000)
+    tokens = options.tokens or (600_000 if options.quick else 15_000_000)
     rows = [measure(tokens, 0.0, 0), measure(tokens, options.faults_per_hour * (3 if options.quick else 1), 0)]
     report("a storm over eight sites", copy_bytes_per_second(), rows, options.json)
     calm, storm = rows

@@ -1,4 +1,4 @@
-"""`isthmus coordinator …`: serve, status, export, verify, token."""
+"""`isthmus coordinator …`: serve, status, export, verify, restore, token."""
 
 from __future__ import annotations
 
@@ -90,6 +90,20 @@ def verify(
         print(f"isthmus: {fault}", file=sys.stderr)
     if found.faults:
         raise SystemExit(FaultError.exit_code)
+
+
+@app.command()
+@command
+def restore(
+    url: Annotated[str, typer.Argument(metavar="URL", help="What [store] mirror names in the run's config.")],
+    state_dir: Annotated[Path, typer.Argument(metavar="STATE_DIR", help="A directory that is empty or not there.")],
+) -> None:
+    """Make a state directory from a run's mirror, as on a new machine."""
+    from coordinator.store.mirror import restore as restore_state
+    from coordinator.verify import verify as verify_state
+
+    set_up_logging()
+    print(restore_state(url, state_dir, lambda path: verify_state(path).faults))
 
 
 @token_app.command()

@@ -74,6 +74,10 @@ class Metrics:
             "isthmus_disk_needed_bytes", "What may be written before anything is dropped again", registry=r
         )
         self.storage_faults = Counter("isthmus_storage_faults", "Writes that the disk refused", registry=r)
+        self.mirrored_at = Gauge(
+            "isthmus_mirror_completed_timestamp_seconds", "When the last pass of the mirror was complete", registry=r
+        )
+        self.mirror_faults = Counter("isthmus_mirror_faults", "Passes of the mirror that failed", registry=r)
         self.loop_lag = Gauge("isthmus_event_loop_lag_seconds", "Last measured lag of the event loop", registry=r)
 
     def show_core(self, core: RunCore) -> None:

@@ -23,6 +23,7 @@ from coordinator.history import History
 from coordinator.intake import Intake
 from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
+from coordinator.mirroring import Mirroring
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import OuterState, Stepped, warm_up
 from coordinator.publication import Publication, Published
@@ -110,6 +111,8 @@ class Coordinator:
     ) -> None:
         self.config, self.store = config, store
         self.run_id, self.layout = store.run_id, store.layout
+        self._told_config = config.model_dump(mode="json", exclude={"store"})
+        """Sites have no use for the coordinator's storage, and its mirror's URL may hold a secret."""
         self.metrics, self.workers = workers.metrics, workers
         self.core = RunCore(plan_of(config, store.sequence_tokens))
         self.clock, self._wall = machine.clock, machine.wall
@@ -137,6 +140,7 @@ class Coordinator:
         self._states = states
         self._checkpoints = store.checkpoints(config.store.keep_checkpoints)
         self._merge_reader = Journal(store.journal.path, read_only=True)
+        self._mirroring = Mirroring(store, config.store, workers, machine)
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
@@ -184,11 +188,14 @@ class Coordinator:
         self._timekeeper = asyncio.create_task(self._keep_time())
         self._timekeeper.add_done_callback(self._ended)
         await self._carry_out(decisions)
+        if self.core.finished:
+            await self._mirroring.begin(self.core.tokens)
 
     async def stop(self) -> None:
         """Lets the merges and writes that are under way finish, then closes everything."""
         self.publication.close()
         self.workers.stopping.set()
+        await self._mirroring.stop()
         if self._timekeeper is not None:
             self._timekeeper.cancel()
         while self._merges:
@@ -214,8 +221,9 @@ class Coordinator:
         log.info("site %s joins (%s)", site, ", ".join(f"{k} {v}" for k, v in message.software.items()))
         return Joined(
             run=self.run_id,
+            lineage=self.store.lineage,
             session=session,
-            config=self.config.model_dump(mode="json"),
+            config=self._told_config,
             layout=self.layout.to_wire(),
             fragments=[
                 FragmentVersion(
@@ -234,7 +242,7 @@ class Coordinator:
         """What a site would join."""
         return Preview(
             run=self.run_id,
-            config=self.config.model_dump(mode="json"),
+            config=self._told_config,
             layout=self.layout.to_wire(),
             versions=[newest.version for newest in self.publication.newest],
             sites=len(self.core.roster),
@@ -381,6 +389,7 @@ class Coordinator:
                 case FinishRun():
                     log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
                     await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all, self.core.stalest())
+                    await self._mirroring.begin(self.core.tokens)
         self._note_stalled()
         self.metrics.show_core(self.core)
         self._news.set()
@@ -405,6 +414,8 @@ class Coordinator:
         await self._carry_out(decisions)
         if version % self.config.store.checkpoint_versions == 0:
             await workers.durably(workers.merger, "a checkpoint", self._checkpoint, p, self.core.stalest())
+            if self._mirroring.due():
+                await self._mirroring.begin(self.core.tokens)
 
     def _execute(self, fragment: int, version: int) -> Stepped:
         round_ = self._merge_reader.round(fragment, version)

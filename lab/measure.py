@@ -42,7 +42,7 @@ def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
     store = StateDir(coordinator, read_only=True)
     try:
         for site in sites:
-            saved = checkpoint.load_newest(site, stored.run_id)
+            saved = checkpoint.load_newest(site, stored.run_id, stored.run_id)
             if saved is None:
                 return False
             tensors, manifest = saved

@@ -163,6 +163,8 @@ class StoreTable(_Table):
     keep_checkpoints: int = Field(2, ge=1, le=MOST, description="checkpoints kept of each fragment, from 1")
     keep_versions: int = Field(32, ge=1, le=MOST, description="published deltas kept of each fragment, from 1")
     keep_rounds: int = Field(256, ge=1, le=MOST, description="rounds of each fragment kept in the journal, from 1")
+    mirror: str = Field("", description="any URL that fsspec knows, as s3://bucket/path; empty: no mirror")
+    mirror_seconds: float = Field(600.0, ge=0, le=1e9, description="seconds between passes of the mirror, or more")
 
 
 class RunConfig(_Table):

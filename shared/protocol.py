@@ -124,7 +124,10 @@ class Orders(Message):
 
 
 class Joined(Message):
+    """`lineage`: the name that the run began with; it differs from `run` after a restore from a mirror."""
+
     run: RunId
+    lineage: RunId
     session: Annotated[str, Field(max_length=64)]
     config: dict[str, Any]
     layout: list[list[tuple[str, list[Count]]]]

@@ -56,13 +56,31 @@ def task_of(config: SiteConfig, run: RunConfig) -> Any:
     return load_task(use, {**run.task.options(), **config.data}, config.base)
 
 
+def train(config: SiteConfig) -> None:
+    """One site until the run is finished or a signal stops it; also where the coordinator is restored from a mirror
+    meanwhile, and the run goes by another name. Raises what `Agent.run` raises."""
+    lineage = None
+    while True:
+        agent = Agent(config, lineage)
+        agent.stop_on_signals()
+        try:
+            return agent.run()
+        except RefusedError as error:
+            if error.code != Code.WRONG_RUN or not agent.joined:
+                raise
+            log.warning("%s; asking whether it was restored", error)
+            lineage = agent.lineage
+
+
 class Agent:
     """One site. `run` returns when the run is finished. Raises Stopped, ConfigError, RefusedError, FaultError."""
 
     learns: type[Learner] = Learner
 
-    def __init__(self, config: SiteConfig) -> None:
-        self.config = config
+    def __init__(self, config: SiteConfig, lineage: str | None = None) -> None:
+        """`lineage`: the run to train, where it is known which; None: whichever the coordinator serves."""
+        self.config, self.lineage = config, lineage
+        self.joined = False
         self.metrics = Metrics()
         transport = Http(config.site.coordinator, credentials_of(config), self._count)
         link = Link(transport, config.site.name, config.site.outage_seconds)
@@ -77,6 +95,9 @@ class Agent:
         exporter = self.metrics.serve(self.config.metrics)
         try:
             joined = self.courier.begin(self.config.site.patience_seconds)
+            if self.lineage not in (None, joined.lineage):
+                raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {self.lineage}")
+            self.lineage, self.joined = joined.lineage, True
             self.learner, evaluator = self._prepare(joined)
             self._drive(self.learner)
             self._evaluate_the_end(self.learner, evaluator)

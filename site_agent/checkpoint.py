@@ -59,8 +59,9 @@ def save(
         disk.remove(old)
 
 
-def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, manifest) of the newest readable checkpoint; None where there is none.
+def load_newest(directory: Path, run: str, lineage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, manifest) of the newest readable checkpoint of the run, or of one of its lineage: the coordinator was
+    restored since. None where there is none.
 
     Raises ConfigError where the directory holds another run's.
     """
@@ -73,13 +74,19 @@ def load_newest(directory: Path, run: str) -> tuple[dict[str, Tensor], dict[str,
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be read (%s); trying the one before", path, error)
             continue
-        if manifest.get("run") != run:
+        if manifest.get("run") != run and manifest.get("lineage") != lineage:
             raise ConfigError(
                 f"[site] state: {directory} holds checkpoints of run {manifest.get('run')}, and this is {run}; "
                 "name another directory, or remove that one"
             )
         return tensors, manifest
     return None
+
+
+def forget(directory: Path, disk: Disk = DISK) -> None:
+    """Removes all checkpoints: they are of no use any more. Raises OSError."""
+    for path in directory.glob("step-*"):
+        disk.remove(path)
 
 
 def oldest_record(directory: Path) -> int:

@@ -22,13 +22,11 @@ def run(site: SiteArgument) -> None:
     """Join a run and train until it is finished."""
     config = load_site(site)
     set_up_logging()
-    from site_agent.agent import Agent
+    from site_agent.agent import train
     from site_agent.learner import Stopped
 
-    agent = Agent(config)
-    agent.stop_on_signals()
     try:
-        agent.run()
+        train(config)
     except Stopped as stopped:
         # What a shell makes of a process that ended by this signal; the leave before it was clean.
         raise SystemExit(128 + stopped.signal if stopped.signal != signal.SIGINT else 130) from None

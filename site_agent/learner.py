@@ -125,6 +125,7 @@ class Learner:
         outage_steps: int = 0,
     ) -> None:
         self.run_config, self.run_id, self.layout = run, joined.run, Layout.from_wire(joined.layout)
+        self.lineage = joined.lineage
         self.trainer, self.courier, self.metrics, self.place = trainer, courier, metrics, place
         self.settings = Settings.of(run, outage_steps)
         self.training = False
@@ -149,13 +150,15 @@ class Learner:
 
     def course(self) -> Course:
         """All of it."""
-        saved = checkpoint.load_newest(self.place.directory, self.run_id)
+        saved = checkpoint.load_newest(self.place.directory, self.run_id, self.lineage)
         newest = yield from self._fetch_anchors()
         self.courier.report = Report("ready", step_seconds=self._step_seconds)
         while not self._orders.started:
             self._take_in((yield Hear()))
         if saved is None:
             self._begin(newest)
+        elif saved[1]["run"] != self.run_id:
+            self._begin_again(*saved, newest)
         else:
             self._resume(*saved, newest)
         yield from self._train()
@@ -175,8 +178,16 @@ class Learner:
             self._take_in(others)
         return [found[p] for p in range(len(found))]
 
-    def _begin(self, anchors: list[Anchor]) -> None:
-        """A site without a past in this run that it knows of."""
+    def _begin_again(self, tensors: dict[str, Tensor], manifest: dict[str, Any], newest: list[Anchor]) -> None:
+        """The coordinator was restored from a mirror, to an earlier time: what this site has delivered since, and which
+        versions it has seen, no longer holds. Its inner optimizer and its place in the data do."""
+        log.warning("the run was restored as it was earlier, as %s; going on from its versions", self.run_id)
+        self.trainer.load_state(tensors, manifest["optimizer"])
+        checkpoint.forget(self.place.directory, self.place.disk)
+        self._begin(newest, manifest)
+
+    def _begin(self, anchors: list[Anchor], before: Mapping[str, Any] | None = None) -> None:
+        """A site without a past in this run that it knows of; `before` is the manifest of its life before a restore."""
         torch.manual_seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
@@ -187,11 +198,17 @@ class Learner:
         self.core.tempo.stepped(self._step_seconds)
         self.core.told(self._orders.tokens, self._orders.peers)
         self.stream = self._stream_of(self._orders)
+        if before is not None:
+            self._go_on_in_the_data(before)
         self._outbox.prune(sys.maxsize)
         for p, anchor in enumerate(anchors):
             self._await_own(p, anchor, self._at_join[p])
         # Before the first contribution: from here on whatever is sent can be accounted for after a restart.
         self._save(0, *self._state())
+
+    def _go_on_in_the_data(self, manifest: Mapping[str, Any]) -> None:
+        if ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
+            self.stream.load_state_dict(manifest["stream"])
 
     def _await_own(self, p: int, newest: Anchor, at_join: FragmentVersion) -> None:
         """Where a contribution of this site, from before it lost its memory, is in a round that is still open: the
@@ -224,8 +241,7 @@ class Learner:
         self.snapshots = {p: tensors[f"snapshot.{p}"].numpy() for p in fragments if f"snapshot.{p}" in tensors}
         self.residuals = {p: tensors[f"residual.{p}"].numpy() for p in fragments if f"residual.{p}" in tensors}
         self.stream = self._stream_of(self._orders)
-        if ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
-            self.stream.load_state_dict(manifest["stream"])
+        self._go_on_in_the_data(manifest)
         self._replays.restore(self._outbox.load(self.run_id, self.layout), manifest["outbox"])
         self._numbers = {int(p): number for p, number in manifest["numbers"].items()}
         for p, view in enumerate(core.fragments):
@@ -462,6 +478,7 @@ class Learner:
         tensors["random"] = torch.get_rng_state()
         manifest = {
             "run": self.run_id,
+            "lineage": self.lineage,
             "core": checkpoint.pack_core(self.core),
             "anchors": [[anchor.version, anchor.digest, anchor.tokens] for anchor in self.anchors],
             "optimizer": plain,

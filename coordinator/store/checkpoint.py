@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,10 +74,17 @@ class Checkpoints:
         mine = [entry, *(e for e in self.entries(entry.fragment) if e.version != entry.version)]
         others = [e for e in self._manifest() if e.fragment != entry.fragment]
         kept, dropped = mine[: self.keep], mine[self.keep :]
-        listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in (*others, *kept)]}, indent=1)
-        self._disk.put(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
+        self._list([*others, *kept])
         for entry in dropped:
             self._disk.remove(self.directory / entry.file)
+
+    def list_what_is_there(self) -> None:
+        """Writes the manifest anew from the files beside it. Raises OSError."""
+        self._list(self._found())
+
+    def _list(self, entries: Iterable[Entry]) -> None:
+        listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in entries]}, indent=1)
+        self._disk.put(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
 
     def load(self, entry: Entry, fragment: Fragment) -> OuterState:
         """The state in a checkpoint, verified. Raises CorruptError naming the file."""
@@ -120,6 +128,9 @@ class Checkpoints:
             return [Entry(int(e["fragment"]), int(e["version"]), str(e["file"])) for e in listing["checkpoints"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("manifest %s is corrupt (%s); going by the files beside it", path, error)
+        return self._found()
+
+    def _found(self) -> list[Entry]:
         found = [(_NAME.fullmatch(file.name), file.name) for file in self.directory.glob("*.safetensors")]
         return [Entry(int(match[1]), int(match[2]), name) for match, name in found if match is not None]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -380,6 +380,45 @@ class Journal:
                 " UNION SELECT delta FROM rounds WHERE NOT pruned AND delta IS NOT NULL"
             ).fetchall()
         return {row["blob"] for row in rows}
+
+    def contribution_blobs(self, fragment: int, after: int) -> list[str]:
+        """The blobs of the fragment's contributions that no version up to `after` holds, in order of acceptance."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT c.blob FROM contributions c LEFT JOIN rounds r ON c.round = r.seq"
+                " WHERE c.fragment = ? AND (r.seq IS NULL OR r.version > ?) ORDER BY c.seq",
+                (fragment, after),
+            ).fetchall()
+        return [row["blob"] for row in rows]
+
+    # -- mirrors
+
+    def back_up(self, path: Path) -> None:
+        """A copy of the journal as it is now, in one file; others may write meanwhile. Raises OSError."""
+        with self._reading():
+            source = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)
+            target = sqlite3.connect(path)
+            try:
+                source.backup(target)
+                target.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                source.close()
+                target.close()
+
+    def restored(self, run: str, lineage: str, checkpoints: Mapping[int, int]) -> None:
+        """This journal came from a mirror: the run has another name from now on, its agents have to join again, and of
+        its blobs there are the contributions after the `checkpoints` (fragment: version), and no deltas."""
+        with self._transaction("restored"):
+            for key, value in {"run": run, "lineage": lineage}.items():
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            self._db.execute("UPDATE sites SET session = NULL, active = 0")
+            for fragment, version in checkpoints.items():
+                self._db.execute(
+                    "UPDATE contributions SET pruned = 1 WHERE round IN"
+                    " (SELECT seq FROM rounds WHERE fragment = ? AND version <= ?)",
+                    (fragment, version),
+                )
+            self._db.execute("UPDATE rounds SET pruned = 1 WHERE published_at IS NOT NULL")
 
     # -- plumbing
 

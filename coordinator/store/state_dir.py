@@ -1,6 +1,7 @@
 """The coordinator's state directory: what is in it, whose it is, and that one process holds it.
 
 journal.sqlite   blobs/   checkpoints/   snapshots/   uploads/ (spool, emptied at start)   lock
+mirror/ (what is being copied to [store] mirror)
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class StateDir:
         state._made = (not existed, empty)
         for directory in (state.blobs.directory, state.snapshots):
             directory.mkdir(exist_ok=True)
+        if (state.path / "mirror").exists():
+            disk.remove(state.path / "mirror")
         disk.remove(state.uploads)
         state.uploads.mkdir()
         return state
@@ -106,6 +109,12 @@ class StateDir:
         if run is None:
             raise ConfigError(f"state directory {self.path} holds no run yet; start `isthmus coordinator serve` on it")
         return run
+
+    @property
+    def lineage(self) -> str:
+        """The name that the run began with; another than `run_id` where it was restored from a mirror. Checkpoints and
+        sites know it by this one."""
+        return self.journal.meta("lineage") or self.run_id
 
     @property
     def config(self) -> RunConfig:
@@ -142,7 +151,7 @@ class StateDir:
         return digests[fragment]
 
     def checkpoints(self, keep: int) -> Checkpoints:
-        return Checkpoints(self.path / "checkpoints", self.run_id, keep, self.disk)
+        return Checkpoints(self.path / "checkpoints", self.lineage, keep, self.disk)
 
     def adopt_run(self, config: RunConfig, base: Path, build: Callable[[], Initial]) -> bool:
         """Makes this directory the run's, or checks that it is. True where the run is new. `base` is where the config's

@@ -187,3 +187,45 @@ def test_the_demo_trains_for_real(tmp_path: Path) -> None:
     steps = [site["inner_steps"] for site in results["sites"]]
     assert steps[0] > steps[1] > steps[2] > 0
     assert all(site["bytes_up"] > 10_000 and site["bytes_down"] > 10_000 for site in results["sites"])
+
+
+def test_a_run_is_restored_from_its_mirror_and_its_sites_follow(tmp_path: Path) -> None:
+    """The coordinator's machine is gone, state directory and all."""
+    write_run(tmp_path)
+    with (tmp_path / "run.toml").open("a", encoding="utf-8") as file:
+        file.write(f'\n[store]\ncheckpoint_versions = 2\nmirror = "file://{tmp_path}/mirror"\nmirror_seconds = 0\n')
+    port, logs = free_port(), {name: tmp_path / f"{name}.log" for name in ("coordinator", "a", "b")}
+    url = f"http://127.0.0.1:{port}"
+    serve = ["coordinator", "serve", "run.toml", "--state", "state", "--port", str(port), "--insecure"]
+
+    def said(name: str) -> str:
+        return logs[name].read_text(encoding="utf-8")
+
+    children = {"coordinator": start(serve, tmp_path, logs["coordinator"])}
+    try:
+        until("a coordinator", lambda: get(f"{url}/v1/versions"))
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.toml").write_text(
+                f'[site]\nname = "{name}"\ncoordinator = "{url}"\nstate = "{name}"\n[metrics]\nport = 0\n'
+                '[devices]\ndevice = "cpu"\nthrottle = 0.2\n',
+                encoding="utf-8",
+            )
+            children[name] = start(["site", "run", f"{name}.toml"], tmp_path, logs[name])
+        until("three passes", lambda: said("coordinator").count("mirrored: ") >= 3)
+        children["coordinator"].kill()
+        children["coordinator"].wait()
+        (tmp_path / "state").rename(tmp_path / "lost")
+        restore = start(["coordinator", "restore", f"file://{tmp_path}/mirror", "state"], tmp_path, tmp_path / "r.log")
+        assert restore.wait() == 0, (tmp_path / "r.log").read_text()
+        children["coordinator"] = start(serve, tmp_path, logs["coordinator"])
+        for name in ("a", "b"):
+            assert children[name].wait() == 0, said(name)
+            assert "the run was restored as it was earlier" in said(name)
+        last = get(f"{url}/v1/status")
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
+    assert last["state"] == "finished"
+    assert last["eval_loss"] < 4.0
+    assert last["run"] in (tmp_path / "r.log").read_text()

@@ -78,6 +78,7 @@ UPLOAD = Upload(id="f" * 32, part_size=PART_BYTES, parts=[0, 2], outcome=None)
 LAYOUT: list[list[tuple[str, list[int]]]] = [[("a", [2, 3]), ("b", [])], [("c", [5])]]
 JOINED = Joined(
     run="r",
+    lineage="q",
     session="s",
     config={"run": {"name": "x", "tokens": 5, "lr": 1e-3, "on": True}},
     layout=LAYOUT,

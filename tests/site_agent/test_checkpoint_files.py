@@ -26,7 +26,7 @@ def flipped(data: bytes) -> bytes:
 
 
 def newest(directory: Path) -> int:
-    found = checkpoint.load_newest(directory, "run")
+    found = checkpoint.load_newest(directory, "run", "run")
     assert found is not None
     tensors, manifest = found
     assert float(tensors["w"][0]) == manifest["mark"]
@@ -80,7 +80,15 @@ def test_one_that_cannot_be_read_gives_way_to_the_one_before(
 def test_another_runs_are_not_taken(tmp_path: Path) -> None:
     save(tmp_path, 1, 1)
     with pytest.raises(ConfigError, match="holds checkpoints of run run, and this is other"):
-        checkpoint.load_newest(tmp_path, "other")
+        checkpoint.load_newest(tmp_path, "other", "other")
+
+
+def test_those_of_the_run_that_this_one_was_restored_from_are(tmp_path: Path) -> None:
+    manifest = {"run": "before", "lineage": "run", "outbox": {"next_number": 0, "pending": {}}, "numbers": {}}
+    checkpoint.save(tmp_path, 1, {"w": torch.zeros(3)}, manifest)
+    found = checkpoint.load_newest(tmp_path, "after", "run")
+    assert found is not None
+    assert found[1]["run"] == "before"
 
 
 def test_the_outbox_is_kept_back_to_the_oldest_that_may_be_gone_back_to(tmp_path: Path) -> None:
