@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import Decision, Refusal, RunCore
+from coordinator.lending import Lending
 from coordinator.machine import Machine
 from coordinator.metrics import Metrics
 from coordinator.publication import Publication
@@ -56,11 +57,13 @@ class Intake:
         workers: Workers,
         metrics: Metrics,
         codec: str,
+        lending: Lending,
         machine: Machine,
         carry_out: Callable[[list[Decision]], Awaitable[None]],
     ) -> None:
         self._core, self._store, self._reader, self._publication = core, store, reader, publication
         self._workers, self._metrics, self._codec = workers, metrics, codec
+        self._lending = lending
         self._clock, self._wall, self._carry_out = machine.clock, machine.wall, carry_out
         self._run, self._layout = store.run_id, store.layout
         self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
@@ -164,9 +167,16 @@ class Intake:
                 *(opening.site, claimed.tokens, claimed.steps, contribution.tokens, contribution.steps),
             )
         await self._workers.write(self._store.blobs.adopt, upload.path, opening.digest)
-        await self._workers.write(
-            self._store.journal.accept, contribution, opening.digest, opening.size, screened.norm, self._wall()
-        )
+        async with self._lending.progress(opening.site, header) as trained:
+            await self._workers.write(
+                self._store.journal.accept,
+                contribution,
+                opening.digest,
+                opening.size,
+                screened.norm,
+                self._wall(),
+                trained,
+            )
         version, decisions = self._core.accept(contribution, self._clock())
         self._metrics.accepted.labels(opening.site).inc()
         self._metrics.contribution_norm.labels(opening.site).set(screened.norm)

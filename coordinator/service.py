@@ -21,6 +21,7 @@ from coordinator.core.rounds import Policy
 from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
 from coordinator.history import History
 from coordinator.intake import Intake
+from coordinator.lending import Lending
 from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
 from coordinator.mirroring import Mirroring
@@ -39,10 +40,12 @@ from shared.protocol import (
     PROTOCOL,
     AwaitedRound,
     Code,
+    DataOrders,
     FragmentVersion,
     Heartbeat,
     Join,
     Joined,
+    Manifest,
     Orders,
     Preview,
     ShardMessage,
@@ -126,6 +129,7 @@ class Coordinator:
         self._rounds: list[dict[str, Any]] = []
         self.failure: asyncio.Future[None] = asyncio.Future()
         self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
+        self.lending = Lending(store.journal, self.reader, workers, len(states), config.run.seed)
         self.intake = Intake(
             self.core,
             store,
@@ -134,6 +138,7 @@ class Coordinator:
             workers,
             self.metrics,
             config.wire.upload,
+            self.lending,
             machine,
             self._carry_out,
         )
@@ -269,7 +274,13 @@ class Coordinator:
         self.metrics.show_report(site, report)
         if message.evaluation is not None:
             await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
-        return self._orders(site)
+        data = await self.lending.report(site, message.data, len(self.core.members.live))
+        return self._orders(site, data)
+
+    async def describe(self, site: str, message: Manifest) -> None:
+        """What the site's data is cut into, where it is to be leased."""
+        self.check_run(message.run)
+        await self.lending.describe(site, message)
 
     async def _begin_session(self, site: str, session: str) -> None:
         """A session that was given out begins; those that were given out before it never will."""
@@ -457,6 +468,7 @@ class Coordinator:
             except TimeoutError:
                 self.metrics.loop_lag.set(max(0.0, self.clock() - due))
             await self._carry_out(self.core.tick(self.clock()))
+            await self.lending.take_back(self.core.members.live, self.clock())
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._merges.discard(task)
@@ -477,7 +489,7 @@ class Coordinator:
         self.metrics.eval_loss.set(loss)
         log.info("eval loss %.4f at %d tokens (by %s)", loss, tokens, site)
 
-    def _orders(self, site: str) -> Orders:
+    def _orders(self, site: str, data: DataOrders | None = None) -> Orders:
         index, count = self.core.shard(site, self._enrolled)
         pace = self.core.pacer.pace(site)
         if pace is not None:
@@ -492,6 +504,7 @@ class Coordinator:
             evaluate=self.core.take_evaluation(site, self.clock()),
             awaited=[AwaitedRound(fragment=p, version=version) for p, version in self.core.awaited(site)],
             closing=[AwaitedRound(fragment=p, version=version) for p, version in self.core.closing(site)],
+            data=data,
         )
 
 

@@ -28,6 +28,7 @@ SMALLEST_PART_BYTES = 64 << 10
 """A site with a slow link may ask for parts as small as this."""
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
+MOST_SHARDS, MOST_AHEAD, MOST_LEASES = 1 << 16, 64, 1 << 12
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
@@ -58,6 +59,7 @@ class Code(StrEnum):
     TOO_STALE = "too-stale"
     ALREADY_CONTRIBUTED = "already-contributed"
     WRONG_LAYOUT = "wrong-layout"
+    WRONG_DATA = "wrong-data"
     MALFORMED = "malformed"
     WRONG_DIGEST = "wrong-digest"
     INCOMPLETE = "incomplete"
@@ -104,6 +106,43 @@ class AwaitedRound(Message):
     version: Count
 
 
+Key = Annotated[tuple[Count, Count], Field(strict=False)]
+"""(epoch, shard); msgpack has lists only."""
+
+
+class Manifest(Message):
+    """What a site's data is cut into: the sequences of each shard, and a digest of what they are."""
+
+    run: RunId
+    digest: Digest
+    sizes: Annotated[list[Annotated[int, Field(ge=1, le=10**15)]], Field(min_length=1, max_length=MOST_SHARDS)]
+
+
+class DataReport(Message):
+    """How a site stands with its leases: it wants `ahead` shards that it has not trained to their ends. `holding` are
+    those that it is training or will, `finished` those that it has, and that are not all in the model yet."""
+
+    ahead: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
+    holding: Annotated[list[Key], Field(max_length=MOST_LEASES)]
+    finished: Annotated[list[Key], Field(max_length=MOST_LEASES)]
+
+
+class ShardLease(Message):
+    """The site trains this shard in this epoch, from sequence `start` on."""
+
+    epoch: Count
+    shard: Count
+    start: Count
+
+
+class DataOrders(Message):
+    """All leases of the site, in the order in which it got them; and which of those that it named are not its own any
+    more."""
+
+    leases: list[ShardLease]
+    withdrawn: list[Key]
+
+
 class Orders(Message):
     """What the coordinator wants of a site from now on; part of every answer on the control connection.
 
@@ -121,6 +160,7 @@ class Orders(Message):
     evaluate: bool
     awaited: list[AwaitedRound]
     closing: list[AwaitedRound]
+    data: DataOrders | None
 
 
 class Joined(Message):
@@ -170,6 +210,7 @@ class Heartbeat(Message):
     evaluation: Evaluation | None
     repairs: Count
     evaluates: bool
+    data: DataReport | None
 
 
 class Leave(Message):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -46,6 +46,15 @@ class BatchStream(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """Data that can be leased: the sequences of each shard, and a digest (32 hexadecimal digits) that is the same where
+    the data is."""
+
+    digest: str
+    sizes: Sequence[int]
+
+
 class Task(ABC):
     """A model and its data. Subclasses read their own options (the `[task]` table, then `[data]`)."""
 
@@ -64,6 +73,14 @@ class Task(ABC):
         """The held-out set, the same at every site; None where the task has none."""
         return None
 
+    def manifest(self) -> Manifest | None:
+        """What the coordinator is to lease of the data; None: nothing, and `train_batches` is asked for batches."""
+        return None
+
+    def leased_batch(self, sequences: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these sequences, each (shard, index within it), of the data that `manifest` describes."""
+        raise NotImplementedError
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Mean loss over the batch (a scalar that can be differentiated) and the tokens it counts."""
@@ -80,6 +97,12 @@ class Task(ABC):
     def hf_files(self) -> dict[str, bytes] | None:
         """Files beside the weights that make a Hugging Face directory; None where there is no such form."""
         return None
+
+
+def manifest_of(task: Any) -> Manifest | None:
+    """`task.manifest()`, where the task has such a thing."""
+    manifest: Manifest | None = task.manifest() if hasattr(task, "manifest") else None
+    return manifest
 
 
 _REQUIRED = ("build_model", "train_batches", "loss")

@@ -33,12 +33,15 @@ from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
 MAGIC = b"ISTHMUS\x01"
 _PREFIX = struct.Struct("<8sI")
 _LONGEST_COUNT = 10**15
+MOST_PROGRESS = 128
 
 Count = Annotated[int, Field(ge=0, le=_LONGEST_COUNT)]
 
 
 class Header(BaseModel):
     """What a container says of itself.
+
+    `progress`: of data that is leased, (epoch, shard, position) up to which a contribution holds it.
 
     `digest` is the digest of the published version `version`: of the base that a contribution starts from,
     of the result that a delta or snapshot leads to. So every body names exact weights.
@@ -60,12 +63,13 @@ class Header(BaseModel):
     tokens: Count
     steps: Count
     sizes: list[Count]
+    progress: list[Annotated[tuple[Count, Count, Count], Field(strict=False)]] = Field([], max_length=MOST_PROGRESS)
 
 
 def header_bound(fragment: Fragment) -> int:
     """The largest header, in bytes, that a container of this fragment can need."""
     table = sum(16 + len(tensor.name.encode()) + 9 * len(tensor.shape) for tensor in fragment.tensors)
-    return 1024 + table + 9 * len(fragment.chunks())
+    return 1024 + table + 9 * len(fragment.chunks()) + 28 * MOST_PROGRESS
 
 
 def section_bound(raw_size: int) -> int:
@@ -105,7 +109,8 @@ def pack_section(raw: U8, zstd_level: int) -> bytes:
 def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
     """The container of `sections`; the header's `sizes` are filled in from them."""
     sized = header.model_copy(update={"sizes": [len(section) for section in sections]})
-    packed = msgpack.packb(sized.model_dump(mode="python"))
+    # Left out where there is none: most runs have none.
+    packed = msgpack.packb(sized.model_dump(mode="python", exclude={"progress"} if not sized.progress else None))
     return b"".join([_PREFIX.pack(MAGIC, len(packed)), packed, *sections])
 
 

@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from shared.config import RunConfig, SiteConfig, received_run
 from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
-from shared.task import Shard, build_model, load_task
+from shared.task import Shard, build_model, load_task, manifest_of
 from site_agent.courier import LEAVE_SECONDS, CourierThread, Event, Stop
 from site_agent.evaluation import Evaluator
 from site_agent.learner import Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
 from site_agent.metrics import Metrics
 from site_agent.training.devices import choose_device, describe, set_threads
+from site_agent.training.leased import LeasedStream
 from site_agent.training.trainer import Trainer
 from site_agent.transport import Credentials, Http, credentials
 
@@ -167,11 +168,17 @@ class Agent:
         log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))
         warm_up()
 
-        def stream_of(shard: Shard) -> Any:
+        def dealt(shard: Shard) -> Any:
             return task.train_batches(shard, run.inner.batch_size)
 
         shard = joined.orders.shard
-        stream = stream_of(Shard(shard.index, shard.count, shard.seed))
+        stream_of: Callable[[Shard], Any] = dealt
+        stream = dealt(Shard(shard.index, shard.count, shard.seed))
+        if (manifest := manifest_of(task)) is not None:
+            self.courier.describe_data(manifest)
+            state = config.path(config.site.state)
+            leased = LeasedStream(task, manifest, run.inner.batch_size, run.run.seed, state)
+            stream_of = lambda _: leased  # noqa: E731
         seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
         evaluator = Evaluator(task, trainer, layout, run.inner.batch_size, self.courier, self._evaluations)
         place = Place(config.path(config.site.state), config.site.checkpoint_seconds, self._saver)

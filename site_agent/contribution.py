@@ -30,7 +30,8 @@ class Anchor:
 class Parcel:
     """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None).
 
-    `number` is its place in the outbox. `recorded`: it was sent before a restart, and is sent again as it was.
+    `progress` is that of leased data as of the snapshot. `number` is its place in the outbox. `recorded`: it was sent
+    before a restart, and is sent again as it was.
     """
 
     fragment: int
@@ -41,6 +42,7 @@ class Parcel:
     steps: int
     number: int = 0
     recorded: bool = False
+    progress: tuple[tuple[int, int, int], ...] = ()
 
 
 def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
@@ -62,6 +64,7 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         tokens=parcel.tokens,
         steps=parcel.steps,
         sizes=[],
+        progress=list(parcel.progress),
     )
     left = np.empty_like(delta) if wire.error_feedback else None
     try:

@@ -24,7 +24,8 @@ import torch
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import F32, Fragment, Layout, digest_flat
-from shared.protocol import PART_BYTES, Code, Evaluation, Heartbeat, Joined, OpenUpload, Orders
+from shared.protocol import PART_BYTES, Code, DataReport, Evaluation, Heartbeat, Joined, OpenUpload, Orders
+from shared.task import Manifest
 from shared.wire import blob_digest, container_bound, open_container
 from site_agent.contribution import Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
@@ -87,7 +88,8 @@ class Touch:
 
 @dataclass(frozen=True)
 class Report:
-    """What the agent says of itself with each heartbeat; see shared.protocol.Heartbeat."""
+    """What the agent says of itself with each heartbeat; see shared.protocol.Heartbeat. `starved`: it waits for
+    data."""
 
     state: Literal["preparing", "ready", "training"]
     steps: int = 0
@@ -97,6 +99,8 @@ class Report:
     sync_seconds: float = 0.0
     training_share: float = 0.0
     loss: float | None = None
+    data: DataReport | None = None
+    starved: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,10 @@ class Courier:
             log.warning("no orders: %s", error)
             return None
 
+    async def describe(self, manifest: Manifest) -> None:
+        """Says what this site's data is cut into. Raises RefusedError where it is not what the others have."""
+        await self._link.describe(manifest.digest, list(manifest.sizes))
+
     async def leave(self) -> None:
         """Ends all errands, and leaves the run if it can within a few seconds."""
         under_way = list(self._jobs)
@@ -241,8 +249,9 @@ class Courier:
                 self._post(Ordered(orders))
                 last = _without_evaluation(orders)
             pause = self._joined.lease_seconds / self.heartbeats_per_lease
-            if report.state != "training" or self._follows:
-                # Who wants to join rounds that are about to close must hear of them in time.
+            if report.state != "training" or report.starved or self._follows:
+                # Who wants to join rounds that are about to close must hear of them in time, and who has no data to
+                # train on is waiting for some.
                 pause = min(pause, self.soon_seconds)
             await asyncio.sleep(pause)
 
@@ -261,6 +270,7 @@ class Courier:
             evaluation=evaluation,
             repairs=self.repairs,
             evaluates=self.evaluates,
+            data=report.data,
         )
 
     async def _rejoin(self, session: str) -> None:
@@ -470,6 +480,10 @@ class CourierThread(Courier):
         """Starts the thread and joins the run. Raises RefusedError, FaultError, ConfigError."""
         self._thread.start()
         return self._wait_for(self.join(patience))
+
+    def describe_data(self, manifest: Manifest) -> None:
+        """Raises RefusedError where the others' data is another."""
+        self._wait_for(self.describe(manifest))
 
     def orders(self) -> Orders | None:
         return self._wait_for(self.ask_orders())

@@ -33,11 +33,14 @@ from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snap
 from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop, Touch
 from site_agent.metrics import Metrics
 from site_agent.outbox import Outbox, Replays
+from site_agent.training.leased import LeasedStream
 from site_agent.training.schedules import lr_factor
 
 log = logging.getLogger(__name__)
 
 REPORT_STEPS = 50
+LEASED_SECONDS = 30.0
+"""For so long, or for `outage_steps`, a site has data that is leased to it in advance."""
 
 
 class Stopped(BaseException):
@@ -150,6 +153,7 @@ class Learner:
 
     def course(self) -> Course:
         """All of it."""
+        self.stream = self._stream_of(self._orders)
         saved = checkpoint.load_newest(self.place.directory, self.run_id, self.lineage)
         newest = yield from self._fetch_anchors()
         self.courier.report = Report("ready", step_seconds=self._step_seconds)
@@ -207,7 +211,7 @@ class Learner:
         self._save(0, *self._state())
 
     def _go_on_in_the_data(self, manifest: Mapping[str, Any]) -> None:
-        if ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
+        if self._leased is not None or ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
             self.stream.load_state_dict(manifest["stream"])
 
     def _await_own(self, p: int, newest: Anchor, at_join: FragmentVersion) -> None:
@@ -246,6 +250,7 @@ class Learner:
         self._numbers = {int(p): number for p, number in manifest["numbers"].items()}
         for p, view in enumerate(core.fragments):
             self._resume_fragment(p, view.in_flight, newest[p], self._at_join[p])
+        self._note_records()
         log.info("continuing from the checkpoint of step %d", core.steps)
 
     def _resume_fragment(self, p: int, flight: InFlight | None, newest: Anchor, at_join: FragmentVersion) -> None:
@@ -280,6 +285,11 @@ class Learner:
         elif newest.version > anchor.version:
             self._arrive(p, newest, "rebase")
 
+    def _note_records(self) -> None:
+        """Tells the core when contributions from before a restart come up again."""
+        pending = {p: self._replays.pending(p) for p in range(len(self.core.fragments))}
+        self.core.recorded = {p: records[0].steps for p, records in pending.items() if records}
+
     def replays(self, p: int) -> bool:
         """Whether contributions of fragment `p` from before a restart are still to come up again."""
         return bool(self._replays.pending(p))
@@ -299,6 +309,9 @@ class Learner:
                 case Done():
                     self._report()
                     return
+                case Step() if self._starved():
+                    self._report()
+                    self._take_in((yield Hear()))
                 case Step():
                     self._take_in((yield Train()))
                 case Snapshot() as action:
@@ -335,6 +348,7 @@ class Learner:
         p, record = due.fragment, self._replays.take(due.fragment)
         if record is not None:
             due = Snapshot(p, record.base_version, record.tokens, record.steps)
+        self._note_records()
         self.core.snapshot_taken(due, self._clock())
         self.snapshots[p] = self.trainer.read(p)
         self._numbers[p] = number = record.number if record is not None else self._replays.number()
@@ -351,7 +365,8 @@ class Learner:
 
     def _parcel(self, p: int, tokens: int, steps: int, number: int, *, recorded: bool) -> Parcel:
         residual = self.residuals.get(p)
-        return Parcel(p, self.anchors[p], self.snapshots[p], residual, tokens, steps, number, recorded)
+        progress = tuple(self._leased.progress()) if self._leased is not None and not recorded else ()
+        return Parcel(p, self.anchors[p], self.snapshots[p], residual, tokens, steps, number, recorded, progress)
 
     # -- news
 
@@ -409,7 +424,9 @@ class Learner:
         self.core.awaited = [(round_.fragment, round_.version) for round_ in orders.awaited]
         self.core.closing = [(round_.fragment, round_.version) for round_ in orders.closing]
         self.core.told(orders.tokens, orders.peers)
-        if orders.shard != before.shard:
+        if (leased := self._leased) is not None and orders.data is not None:
+            leased.obey(orders.data)
+        elif orders.shard != before.shard:
             log.info("this site's part of the data is now %d of %d", orders.shard.index, orders.shard.count)
             self.stream = self._stream_of(orders)
         self._evaluate_if_ordered()
@@ -422,8 +439,19 @@ class Learner:
     def _stream_of(self, orders: Orders) -> BatchStream:
         return self._streams(Shard(orders.shard.index, orders.shard.count, orders.shard.seed))
 
+    @property
+    def _leased(self) -> LeasedStream | None:
+        return self.stream if isinstance(self.stream, LeasedStream) else None
+
+    def _starved(self) -> bool:
+        """Whether there is nothing to train on before the coordinator has leased more."""
+        return self._leased is not None and not self._leased.ready
+
     def _report(self) -> None:
         core, now = self.core, self._clock()
+        if (leased := self._leased) is not None:
+            steps = max(self.settings.outage_steps, LEASED_SECONDS / max(core.tempo.step_seconds, 1e-6))
+            leased.want(steps * self.run_config.inner.batch_size)
         share = self.ledger.share(now)
         self.courier.report = Report(
             "training",
@@ -434,6 +462,8 @@ class Learner:
             sync_seconds=core.tempo.sync_seconds,
             training_share=share,
             loss=self._loss,
+            data=leased.report() if leased is not None else None,
+            starved=self._starved(),
         )
         self.metrics.share.set(share)
         self.metrics.step_seconds.set(core.tempo.step_seconds)

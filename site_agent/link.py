@@ -27,6 +27,7 @@ from shared.protocol import (
     Join,
     Joined,
     Leave,
+    Manifest,
     Message,
     OpenUpload,
     Orders,
@@ -105,6 +106,10 @@ class Link:
         path = f"/v1/sites/{self._site}/heartbeat"
         body = await self._ask(Request("POST", path, body=pack(message), control=True), patience)
         return _understood(Orders, body)
+
+    async def describe(self, digest: str, sizes: list[int]) -> None:
+        message = Manifest(run=self.run, digest=digest, sizes=sizes)
+        await self._ask(Request("PUT", f"/v1/sites/{self._site}/manifest", body=pack(message), control=True))
 
     async def leave(self, session: str, patience: float) -> None:
         message, path = Leave(run=self.run, session=session), f"/v1/sites/{self._site}/leave"

@@ -27,6 +27,7 @@ from shared.protocol import (
     Heartbeat,
     Join,
     Leave,
+    Manifest,
     Message,
     OpenUpload,
     pack,
@@ -72,6 +73,7 @@ class Api:
                 web.get("/v1/join", self.preview),
                 web.post("/v1/sites/{site}/heartbeat", self.heartbeat),
                 web.post("/v1/sites/{site}/leave", self.leave),
+                web.put("/v1/sites/{site}/manifest", self.describe),
                 web.post("/v1/contributions", self.open_upload),
                 web.put("/v1/contributions/{id:[0-9a-f]{32}}/parts/{part:[0-9]{1,9}}", self.put_part),
                 web.post("/v1/contributions/{id:[0-9a-f]{32}}/commit", self.commit),
@@ -118,6 +120,13 @@ class Api:
         _same(site, request.match_info["site"])
         message = unpack(Leave, await self._body(request, site, MESSAGE_BYTES))
         await self._coordinator.leave(site, message.run, message.session)
+        return web.Response(status=204)
+
+    async def describe(self, request: web.Request) -> web.Response:
+        site = self._site(request)
+        _same(site, request.match_info["site"])
+        message = unpack(Manifest, await self._body(request, site, MESSAGE_BYTES))
+        await self._coordinator.describe(site, message)
         return web.Response(status=204)
 
     async def open_upload(self, request: web.Request) -> web.Response:

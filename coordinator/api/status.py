@@ -32,7 +32,7 @@ def run_document(c: Coordinator) -> dict[str, Any]:
         "name": c.config.run.name,
         "parameters": c.layout.parameters,
         "layout_digest": c.layout.digest,
-        "config": c.config.model_dump(mode="json"),
+        "config": c.config.model_dump(mode="json", exclude={"store": {"mirror"}}),
     }
 
 
@@ -51,6 +51,7 @@ async def status_document(c: Coordinator) -> dict[str, Any]:
         "evaluations": [{"tokens": tokens, "loss": loss} for tokens, loss in c.evaluations],
         "min_sites": core.plan.min_sites,
         "storage_fault": c.workers.storage_fault,
+        "data": c.lending.document(),
         "sites": [_site(c, name, now) for name in sorted(core.roster | core.members.live.keys())],
         "fragments": [
             {

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
+from coordinator.core.leases import Change, Entry
 from coordinator.core.rounds import Contribution
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import Digests, Stepped
@@ -51,6 +52,12 @@ COMMIT;
 """
 
 
+_LEASES = """
+CREATE TABLE IF NOT EXISTS leases (
+    epoch INTEGER NOT NULL, shard INTEGER NOT NULL, number INTEGER NOT NULL, site TEXT, positions TEXT NOT NULL,
+    PRIMARY KEY (epoch, shard)
+) WITHOUT ROWID
+"""
 _CONTRIBUTIONS = "SELECT c.*, r.version AS version FROM contributions c LEFT JOIN rounds r ON c.round = r.seq"
 
 
@@ -134,6 +141,7 @@ class Journal:
         if fresh:
             self._db.executescript(_SCHEMA)
         if not read_only:
+            self._db.execute(_LEASES)
             self._db.execute("CREATE INDEX IF NOT EXISTS contributions_by_site ON contributions (fragment, site)")
 
     def check_integrity(self) -> None:
@@ -228,8 +236,17 @@ class Journal:
 
     # -- contributions and rounds
 
-    def accept(self, contribution: Contribution, blob: str, size: int, norm: float, at: float) -> None:
-        """The acknowledgement's truth: once this returns, the contribution cannot be lost."""
+    def accept(
+        self,
+        contribution: Contribution,
+        blob: str,
+        size: int,
+        norm: float,
+        at: float,
+        trained: Change | None = None,
+    ) -> None:
+        """The acknowledgement's truth: once this returns, the contribution cannot be lost, nor that the data behind it
+        is `trained`."""
         with self._transaction("accept"):
             self._db.execute(
                 "INSERT INTO contributions"
@@ -237,6 +254,8 @@ class Journal:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*asdict(contribution).values(), blob, size, norm, at),
             )
+            if trained is not None:
+                self._write_leases(trained)
 
     def close_round(
         self,
@@ -323,6 +342,44 @@ class Journal:
     def round(self, fragment: int, version: int) -> StoredRound | None:
         row = self._one("SELECT * FROM rounds WHERE fragment = ? AND version = ?", fragment, version)
         return None if row is None else _round(row)
+
+    # -- leases of data
+
+    def manifest(self) -> tuple[str, list[int]] | None:
+        """The digest and the shards' sizes of the data that is leased; None where none is."""
+        known = self.meta("manifest")
+        if known is None:
+            return None
+        digest, sizes = json.loads(known)
+        return digest, sizes
+
+    def put_manifest(self, digest: str, sizes: Sequence[int]) -> None:
+        self.set_meta(manifest=json.dumps([digest, list(sizes)]), dealt="[0, 0]")
+
+    def lease(self, change: Change) -> None:
+        """Shards are leased, or came back."""
+        with self._transaction("lease"):
+            self._write_leases(change)
+
+    def leases(self) -> tuple[list[Entry], int, int]:
+        """The entries, and how far the shards are dealt out: epoch, and how many of it."""
+        with self._reading():
+            rows = self._db.execute("SELECT * FROM leases ORDER BY epoch, shard").fetchall()
+        entries = [
+            Entry(row["epoch"], row["shard"], row["number"], row["site"], tuple(json.loads(row["positions"])))
+            for row in rows
+        ]
+        epoch, dealt = json.loads(self.meta("dealt") or "[0, 0]")
+        return entries, epoch, dealt
+
+    def _write_leases(self, change: Change) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
+            [(e.epoch, e.shard, e.number, e.site, json.dumps(e.positions)) for e in change.entries],
+        )
+        self._db.executemany("DELETE FROM leases WHERE epoch = ? AND shard = ?", change.done)
+        dealt = json.dumps([change.epoch, change.dealt])
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('dealt', ?)", (dealt,))
 
     # -- evaluations
 

@@ -271,6 +271,8 @@ class SiteProcess:
                 self.kill()
                 world.later(world.rng.uniform(0.5, 30.0), self.start_if_down)
         except FaultError as error:
+            if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, OSError | Crashed):
+                world.failed(error.__cause__)
             world.note(f"site {self.name} gives up: {error}")
             self.kill()
             world.later(10.0, self.start_if_down)
@@ -296,6 +298,9 @@ class SiteProcess:
         joined = await courier.join(3600.0)
         run = received_run(joined.config)
         trainer = CountingTrainer(run.rounds.fragments, Stride(self.name))
+        # A machine is not as fast as it was before its restart, and so its cycles are not where they were.
+        seconds = world.schedule.step_seconds[self.name] * world.rng.choice((0.25, 1.0, 1.0, 4.0))
+        trainer.seconds = seconds
         place = Place(self.directory, world.schedule.checkpoint_seconds, Lanes(1, world.duration), disk)
         learner = self.learner = Learner(
             run,
@@ -307,16 +312,15 @@ class SiteProcess:
             metrics,
             place,
             world.loop.time,
-            world.schedule.step_seconds[self.name],
+            seconds,
             outage_steps=OUTAGE_STEPS,
         )
-        await self._drive(learner, news)
+        await self._drive(learner, news, seconds)
         world.auditor.site_done(self.name, learner)
         await courier.leave()
 
-    async def _drive(self, learner: Learner, news: asyncio.Queue[Event]) -> None:
+    async def _drive(self, learner: Learner, news: asyncio.Queue[Event], seconds: float) -> None:
         world, course = self.world, learner.course()
-        seconds = world.schedule.step_seconds[self.name]
         try:
             need = next(course)
             while True:

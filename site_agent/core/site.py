@@ -139,6 +139,9 @@ class SiteCore:
     """Inner steps that the run takes for each one of this site."""
     out_of_touch: bool = False
     """The coordinator cannot be reached."""
+    recorded: dict[int, int] = field(default_factory=dict)
+    """Fragments whose next contribution was sent before a restart, and comes up again after so many steps since the
+    one before: where it came then, wherever the cycle is now."""
 
     @classmethod
     def begin(cls, settings: Settings, versions: list[tuple[int, int]], pace: float, peers: float) -> SiteCore:
@@ -177,11 +180,14 @@ class SiteCore:
                 continue
             if view.in_flight is not None:
                 return self._wait(p)
+            if not self._has_something(p):
+                self.due.pop(0)
+                continue
             return self._snapshot(p)
         for p, version in self.closing:
             view = self.fragments[p]
             fresh = self._at_rest(view) and view.version == version - 1 and not view.complete
-            if fresh and self.steps > view.counted_steps:
+            if fresh and p not in self.recorded and self._has_something(p):
                 return self._snapshot(p)
         return Step()
 
@@ -192,7 +198,11 @@ class SiteCore:
         self.steps += 1
         self.tokens += tokens
         self.tempo.stepped(seconds)
-        self.due += [p for p in self.cycle.due(self.steps, len(self.fragments)) if p not in self.due]
+        cycle = self.cycle.due(self.steps, len(self.fragments))
+        for p in range(len(self.fragments)):
+            due = self._comes_up_again(p) if p in self.recorded else p in cycle
+            if due and p not in self.due:
+                self.due.append(p)
         if self.steps >= self.cycle.end:
             self.cycle = next_cycle(self.steps, self.pace, self.cycle.carry)
         self._find_place()
@@ -275,7 +285,19 @@ class SiteCore:
 
     def _snapshot(self, p: int) -> Snapshot:
         view = self.fragments[p]
-        return Snapshot(p, view.version, self.tokens - view.counted_tokens, self.steps - view.counted_steps)
+        tokens, steps = self.tokens - view.counted_tokens, self.steps - view.counted_steps
+        return Snapshot(p, view.version, max(0, tokens), max(0, steps))
+
+    def _has_something(self, p: int) -> bool:
+        """Whether there is anything to contribute. A contribution from before a restart may hold more steps than have
+        been trained again."""
+        return p in self.recorded or self.steps > self.fragments[p].counted_steps
+
+    def _comes_up_again(self, p: int) -> bool:
+        view = self.fragments[p]
+        flight = view.in_flight
+        before = flight.steps if flight is not None and flight.holding is None else 0
+        return self.steps >= view.counted_steps + before + self.recorded[p]
 
     def _wait(self, p: int) -> Action:
         """Waits for fragment `p`, unless somebody waits for this site: two sites that wait for each other would do so
@@ -285,7 +307,7 @@ class SiteCore:
             lacking = view.version < version and self._at_rest(view) and not view.complete
             if lacking:
                 # With nothing trained since its last contribution it has nothing to give: one step more than τ, then.
-                return self._snapshot(q) if self.steps > view.counted_steps else Step()
+                return self._snapshot(q) if self._has_something(q) else Step()
         return Wait(p)
 
     def _bridges(self, flight: InFlight) -> bool:

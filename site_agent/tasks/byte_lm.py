@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.task import BatchStream, Shard, Task
+from shared.task import BatchStream, Manifest, Shard, Task
 from site_agent.tasks.text import Partition, Text, WindowStream, open_text
 
 VOCABULARY = 256
@@ -53,7 +53,7 @@ class ByteLMOptions(BaseModel):
     tie_embeddings: bool = Field(True, description="true or false")
     held_out: float = Field(0.05, gt=0, lt=1, description="the held-out share of the text, between 0 and 1")
     block_bytes: int = Field(16_384, ge=2, le=2**40, description="a whole number above context")
-    partition: Partition = Field("sharded", description='"sharded", "contiguous" or "local"')
+    partition: Partition = Field("sharded", description='"sharded", "contiguous", "local" or "leased"')
     eval_batches: int = Field(32, ge=1, le=10**6, description="the most batches in an evaluation, from 1")
 
     @model_validator(mode="after")
@@ -95,6 +95,14 @@ class ByteLM(Task):
         """(B, T+1) int64 batches of this shard's training windows. Raises ConfigError without enough text."""
         text = self._opened()
         return WindowStream(text, text.training_parts(shard, self.settings.partition), shard, batch_size)
+
+    def manifest(self) -> Manifest | None:
+        """The training windows by blocks, with `partition = "leased"`."""
+        return self._opened().manifest() if self.settings.partition == "leased" else None
+
+    def leased_batch(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, T+1) int64."""
+        return self._opened().pick(sequences)
 
     def eval_batches(self, batch_size: int) -> Iterable[Tensor]:
         """Up to `eval_batches` batches (B, T+1) int64, the last one perhaps smaller, evenly over the held-out text.

@@ -12,26 +12,33 @@ have the same text agree on every block without exchanging a word about it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from torch import Tensor
 
 from shared.errors import ConfigError
-from shared.task import Shard
+from shared.task import Manifest, Shard
 
 SUFFIXES = (".txt", ".md")
+MOST_SHARDS = 4096
+"""A long text is leased in shards of several blocks."""
 LEAST_BLOCKS = 64
 """A small text is cut into at least so many blocks, so that it still splits among several sites."""
 
+DIGEST_BYTES = 1 << 20
+
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Partition = Literal["sharded", "contiguous", "local"]
+Partition = Literal["sharded", "contiguous", "local", "leased"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Text:
         "sharded": every `count`-th block, then everyone else's, in turn. Sites are not equally fast: one that has been
         through its own part would otherwise see it again while most of the text has not been seen at all.
         "contiguous": one run of the blocks, so that every site has texts of its own. "local": all of them, where the
-        text is the site's own. Raises ConfigError where there are fewer blocks than shards.
+        text is the site's own. "leased" is "sharded" where nobody leases. Raises ConfigError where there are
+        fewer blocks than shards.
         """
         if partition == "local":
             return [self.train]
@@ -85,6 +93,25 @@ class Text:
             return [self.train.pick(own)]
         mine = np.arange(blocks) % shard.count == shard.index
         return [self.train.pick(part) for part in (mine, ~mine) if part.any()]
+
+    @cached_property
+    def shards(self) -> list[Ints]:
+        """The training windows as they are leased, block by block: starts of each shard's, (W,) int64."""
+        blocks = len(self.train.starts)
+        bounds = np.arange(min(blocks, MOST_SHARDS) + 1) * blocks // min(blocks, MOST_SHARDS)
+        cut = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+        return [self.train.pick(which).windows(self.window, 0) for which in cut]
+
+    def manifest(self) -> Manifest:
+        """The shards' sizes in windows; the digest is of the text itself."""
+        digest = xxhash.xxh3_128(f"{len(self.corpus)} {self.window} {len(self.train.starts)}".encode())
+        for start in range(0, len(self.corpus), DIGEST_BYTES):
+            digest.update(self.corpus[start : start + DIGEST_BYTES].tobytes())
+        return Manifest(digest.hexdigest(), [len(shard) for shard in self.shards])
+
+    def pick(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
+        """The windows (shard, index), (B, window) int64."""
+        return self.gather(np.array([self.shards[shard][index] for shard, index in sequences], dtype=np.int64))
 
     def held_out_batches(self, batch_size: int, most: int) -> list[Tensor]:
         """At most `most` batches (B, window) int64, evenly over the held-out blocks, always the same."""

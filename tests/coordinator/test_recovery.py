@@ -155,6 +155,7 @@ def ready(coordinator: Coordinator, session: str) -> Heartbeat:
         evaluation=None,
         repairs=0,
         evaluates=True,
+        data=None,
     )
 
 

@@ -15,17 +15,21 @@ from shared.protocol import (
     PROTOCOL,
     AwaitedRound,
     Code,
+    DataOrders,
+    DataReport,
     Evaluation,
     FragmentVersion,
     Heartbeat,
     Join,
     Joined,
     Leave,
+    Manifest,
     Message,
     OpenUpload,
     Orders,
     Outcome,
     Preview,
+    ShardLease,
     ShardMessage,
     Upload,
     pack,
@@ -44,9 +48,13 @@ ORDERS = Orders(
     evaluate=False,
     awaited=[AWAITED],
     closing=[AWAITED],
+    data=None,
 )
 VERSION = FragmentVersion(version=5, digest="0" * 32, tokens=1000, contributed=-1)
 EVALUATION = Evaluation(tokens=5, loss=1.25)
+DATA = DataReport(ahead=2, holding=[(0, 5)], finished=[(0, 4), (0, 2)])
+LEASED = DataOrders(leases=[ShardLease(epoch=0, shard=5, start=17)], withdrawn=[(0, 3)])
+MANIFEST = Manifest(run="r", digest="0" * 32, sizes=[5, 4])
 HEARTBEAT = Heartbeat(
     run="r",
     session="s",
@@ -61,6 +69,7 @@ HEARTBEAT = Heartbeat(
     evaluation=EVALUATION,
     repairs=0,
     evaluates=True,
+    data=DATA,
 )
 OUTCOME = Outcome(accepted=True, version=4)
 OPENING = OpenUpload(
@@ -92,6 +101,11 @@ MESSAGES: list[Message] = [
     VERSION,
     AWAITED,
     ORDERS,
+    ORDERS.model_copy(update={"data": LEASED}),
+    MANIFEST,
+    DATA,
+    LEASED,
+    LEASED.leases[0],
     JOINED,
     Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0),
     EVALUATION,

@@ -286,7 +286,7 @@ def test_a_header_that_does_not_fit_is_refused_by_name(fields: dict[str, object]
         open_container(changed(container("int8", 0), **fields), FRAGMENT)
 
 
-@pytest.mark.parametrize("field", sorted(Header.model_fields))
+@pytest.mark.parametrize("field", sorted(Header.model_fields.keys() - {"progress"}))
 def test_a_header_that_lacks_a_field_is_refused_by_name(field: str) -> None:
     fields, sections = parts(container("int8", 0))
     del fields[field]

@@ -132,6 +132,7 @@ class Site:
             "evaluation": None,
             "repairs": 0,
             "evaluates": True,
+            "data": None,
         }
         return Heartbeat.model_construct(**values | changed)
 

@@ -559,3 +559,35 @@ def test_a_run_that_waits_for_everyone_waits_for_its_coordinator() -> None:
     core = bridging(2, everyone=True)
     train(core, 2)
     assert core.next_action() == Wait(0)
+
+
+# ---- contributions from before a restart
+
+
+def test_what_was_contributed_before_a_restart_comes_up_at_its_own_step() -> None:
+    """The cycle may be another by now: its pace follows the speeds of the run."""
+    core = site("unbounded", fragments=1, pace=3)
+    core.recorded = {0: 5}
+    train(core, 5)
+    action = core.next_action()
+    assert isinstance(action, Snapshot)
+    core.recorded = {0: 4}
+    core.snapshot_taken(Snapshot(0, 0, 50, 5), 0.0)
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 4)
+    assert core.next_action() == Snapshot(fragment=0, base_version=1, tokens=40, steps=4)
+
+
+def test_nothing_is_contributed_before_it_is_more_than_what_was() -> None:
+    """Two sites that wait for each other make one send what it had sent before it has trained all of it again."""
+    core = site(1, fragments=1, pace=3)
+    core.snapshot_taken(Snapshot(0, 0, 70, 7), 0.0)
+    deliver(core, 0, 1)
+    assert core.next_action() == Step()
+    core.stepped(TOKENS, 1.0)
+    take_up(core)
+    train(core, 6)
+    assert core.due == []
+    train(core, 2)
+    assert core.next_action() == Snapshot(fragment=0, base_version=1, tokens=20, steps=2)

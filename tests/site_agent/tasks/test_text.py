@@ -322,3 +322,34 @@ def test_held_out_batches_are_limited_and_spread_over_all_held_out_blocks() -> N
 
 def test_the_last_held_out_batch_may_be_smaller() -> None:
     assert [len(batch) for batch in numbered(100).held_out_batches(25, 32)] == [25, 25, 10]
+
+
+# ---- as it is leased
+
+
+def test_the_shards_hold_every_training_window_once_and_none_held_out(tmp_path: Path) -> None:
+    text = open_text(str(write(tmp_path / "t.txt", bytes(range(256)) * 40)), context=9, block_bytes=100, held_out=0.1)
+    manifest = text.manifest()
+    starts = np.concatenate(text.shards)
+    assert sum(manifest.sizes) == len(starts) == len(set(starts.tolist()))
+    assert sorted(starts.tolist()) == sorted(text.train.windows(10, 0).tolist())
+    batch = text.pick([(1, 0), (0, 1)])
+    assert batch.tolist() == text.gather(np.array([text.shards[1][0], text.shards[0][1]])).tolist()
+
+
+def test_a_manifest_is_of_the_text_and_its_cut(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 40
+    path = str(write(tmp_path / "t.txt", content))
+    same = open_text(path, 9, 100, 0.1).manifest()
+    assert open_text(path, 9, 100, 0.1).manifest() == same
+    assert open_text(path, 9, 200, 0.1).manifest().digest != same.digest
+    assert open_text(path, 8, 100, 0.1).manifest().digest != same.digest
+    write(tmp_path / "t.txt", content[:5000] + b"x" + content[5001:])
+    assert open_text(path, 9, 100, 0.1).manifest().digest != same.digest
+
+
+def test_a_long_text_is_leased_in_shards_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("site_agent.tasks.text.MOST_SHARDS", 3)
+    text = open_text(str(write(tmp_path / "t.txt", bytes(range(256)) * 40)), context=9, block_bytes=100, held_out=0.1)
+    assert len(text.shards) == 3
+    assert sorted(np.concatenate(text.shards).tolist()) == sorted(text.train.windows(10, 0).tolist())

@@ -1,0 +1,169 @@
+"""Training data that the coordinator leases: shards in the order in which they came, each from where it was left.
+
+A shard's sequences are trained in an order that follows from (seed, epoch, shard) alone and is the same at every site,
+whatever its libraries: its k-th sequence is (offset + k · stride) modulo its size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from shared.files import DISK, Disk
+from shared.protocol import MOST_AHEAD, MOST_LEASES, DataOrders, DataReport
+from shared.task import Batch, Manifest
+from shared.wire import MOST_PROGRESS
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 1024
+GOLDEN = (math.sqrt(5) - 1) / 2
+NAME = "leases.json"
+
+
+@dataclass
+class Lease:
+    """A shard in an epoch at this site; `position` counts sequences of its order. `number` is the order of leases."""
+
+    number: int
+    epoch: int
+    shard: int
+    position: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.epoch, self.shard
+
+
+def order_of(size: int, seed: int, epoch: int, shard: int) -> tuple[int, int]:
+    """(offset, stride) of the order in which a shard of `size` sequences is trained; the stride has no factor in
+    common with the size, so that each comes once."""
+    drawn = sha256(f"{seed}/{epoch}/{shard}".encode()).digest()
+    offset, jitter = int.from_bytes(drawn[:8], "big") % size, int.from_bytes(drawn[8:16], "big")
+    stride = max(1, round(size * GOLDEN) + jitter % max(1, size // 8))
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return offset, stride % size or 1
+
+
+class LeasedStream:
+    """A `BatchStream` over leases. There is a next batch only while `ready`.
+
+    What is leased is written to `directory` before it is used: a site that is killed, and trains the steps since its
+    last checkpoint again, trains them on the same data.
+    """
+
+    def __init__(self, task: Any, manifest: Manifest, batch_size: int, seed: int, directory: Path, disk: Disk = DISK):
+        self.sizes, self.ahead = list(manifest.sizes), 2
+        self._task, self._batch_size, self._seed = task, batch_size, seed
+        self._directory, self._disk = directory, disk
+        self._leases: list[Lease] = []
+        self._finished: list[Lease] = []
+        self._known = deque(self._written_down(), REMEMBERED)
+        self._next_number = max((lease.number + 1 for lease in self._known), default=0)
+
+    # -- batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    @property
+    def ready(self) -> bool:
+        return self._left() >= min(self._batch_size, sum(self.sizes))
+
+    def __next__(self) -> Batch:
+        """The next sequences of the leases in their order."""
+        sequences: list[tuple[int, int]] = []
+        while len(sequences) < self._batch_size and self._leases:
+            lease = self._leases[0]
+            size = self.sizes[lease.shard]
+            offset, stride = order_of(size, self._seed, lease.epoch, lease.shard)
+            end = min(size, lease.position + self._batch_size - len(sequences))
+            sequences += [(lease.shard, (offset + k * stride) % size) for k in range(lease.position, end)]
+            lease.position = end
+            if end == size:
+                self._finished.append(self._leases.pop(0))
+        return self._task.leased_batch(sequences)
+
+    def want(self, sequences: float) -> None:
+        """So many sequences should be there in advance."""
+        typical = sum(self.sizes) / len(self.sizes)
+        self.ahead = min(MOST_AHEAD, 1 + math.ceil(max(sequences, self._batch_size) / typical))
+
+    def _left(self) -> int:
+        return sum(self.sizes[lease.shard] - lease.position for lease in self._leases)
+
+    # -- leases
+
+    def report(self) -> DataReport:
+        finished = [lease.key for lease in self._finished[-MOST_LEASES:]]
+        return DataReport(ahead=self.ahead, holding=[lease.key for lease in self._leases], finished=finished)
+
+    def obey(self, orders: DataOrders) -> None:
+        """Takes up new leases, gives up those that are another's, and forgets those that are done."""
+        mine = {(lease.epoch, lease.shard) for lease in orders.leases}
+        known = {lease.key for lease in (*self._leases, *self._finished)}
+        new = [
+            Lease(self._next_number + n, lease.epoch, lease.shard, lease.start)
+            for n, lease in enumerate(each for each in orders.leases if (each.epoch, each.shard) not in known)
+        ]
+        if new:
+            self._remember(new)
+            self._next_number += len(new)
+            self._leases += new
+        withdrawn = set(orders.withdrawn)
+        for lease in [lease for lease in self._leases if lease.key in withdrawn]:
+            log.warning("shard %d of epoch %d went to another site at sequence %d", *lease.key[::-1], lease.position)
+            self._leases.remove(lease)
+        self._finished = [lease for lease in self._finished if lease.key in mine]
+
+    def progress(self) -> list[tuple[int, int, int]]:
+        """(epoch, shard, position) of what is trained and not known to be all in the model."""
+        begun = [lease for lease in (*self._finished, *self._leases) if lease.position]
+        return [(lease.epoch, lease.shard, lease.position) for lease in begun[:MOST_PROGRESS]]
+
+    # -- restarts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "next_number": self._next_number,
+            "leases": [asdict(lease) for lease in self._leases],
+            "finished": [asdict(lease) for lease in self._finished],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a checkpoint, with the leases that came after it as they were written down."""
+        self._leases = [Lease(**lease) for lease in state["leases"]]
+        self._finished = [Lease(**lease) for lease in state["finished"]]
+        self._leases += [replace(lease) for lease in self._known if lease.number >= state["next_number"]]
+        self._next_number = max(self._next_number, state["next_number"])
+
+    def _remember(self, new: Sequence[Lease]) -> None:
+        """Before they are used, and as they are now."""
+        self._known.extend(replace(lease) for lease in new)
+        text = json.dumps([asdict(lease) for lease in self._known])
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._disk.put(self._directory / NAME, lambda beside: _write_text(beside, text))
+        except OSError as error:
+            log.error("%s cannot be written (%s); if this site is killed now, it repeats or skips data", NAME, error)
+
+    def _written_down(self) -> list[Lease]:
+        try:
+            return [Lease(**each) for each in json.loads((self._directory / NAME).read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s cannot be read (%s); what was leased since the checkpoint is asked for again", NAME, error)
+            return []
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

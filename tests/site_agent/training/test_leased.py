@@ -1,0 +1,140 @@
+"""Leased data at a site: in the order of the leases, each sequence once, the same after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.protocol import DataOrders, ShardLease
+from shared.task import Manifest
+from site_agent.training.leased import LeasedStream, order_of
+
+SIZES = [6, 4, 10]
+
+
+class Recording:
+    """A task whose batches are the sequences themselves."""
+
+    def leased_batch(self, sequences: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return list(sequences)
+
+
+def stream(directory: Path, batch_size: int = 4) -> LeasedStream:
+    return LeasedStream(Recording(), Manifest("0" * 32, SIZES), batch_size, 7, directory)
+
+
+def orders(*leases: tuple[int, int, int], withdrawn: tuple[tuple[int, int], ...] = ()) -> DataOrders:
+    return DataOrders(
+        leases=[ShardLease(epoch=epoch, shard=shard, start=start) for epoch, shard, start in leases],
+        withdrawn=list(withdrawn),
+    )
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**63), st.integers(0, 1000), st.integers(0, 10**6))
+def test_the_order_of_a_shard_has_each_sequence_once(size: int, seed: int, epoch: int, shard: int) -> None:
+    offset, stride = order_of(size, seed, epoch, shard)
+    assert sorted((offset + k * stride) % size for k in range(size)) == list(range(size))
+
+
+def test_the_order_is_what_it_has_always_been() -> None:
+    """Another site trains the rest of a shard: it must mean the same by a position, whatever its version."""
+    assert [order_of(size, 7, epoch, 3) for size, epoch in ((1, 0), (127, 0), (127, 1), (4096, 2))] == PINNED
+
+
+PINNED = [(0, 1), (25, 80), (87, 91), (2767, 2647)]
+
+
+def test_leases_are_trained_in_their_order_and_across_their_ends(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    assert not data.ready
+    data.obey(orders((0, 1, 0), (0, 0, 2)))
+    assert data.ready
+    batches = [next(data), next(data)]
+    assert [len(batch) for batch in batches] == [4, 4]
+    assert sorted(batches[0]) == [(1, index) for index in range(4)]
+    assert {shard for shard, _ in batches[1]} == {0}
+    assert len(set(batches[1])) == 4, "from where it was left, without what came before"
+    assert not data.ready
+
+
+def test_what_is_trained_is_reported_until_the_model_holds_it(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    data.obey(orders((0, 1, 0), (0, 2, 0)))
+    next(data)
+    next(data)
+    assert data.progress() == [(0, 1, 4), (0, 2, 4)]
+    report = data.report()
+    assert (report.holding, report.finished) == ([(0, 2)], [(0, 1)])
+    data.obey(orders((0, 2, 0)))
+    assert data.progress() == [(0, 2, 4)]
+    assert data.report().finished == []
+
+
+def test_what_went_to_another_site_is_given_up(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    data.obey(orders((0, 2, 0), (0, 1, 0)))
+    next(data)
+    data.obey(orders((0, 1, 0), withdrawn=((0, 2),)))
+    assert {shard for shard, _ in next(data)} == {1}
+
+
+def test_a_restart_goes_on_at_the_next_sequence_with_the_leases_since(tmp_path: Path) -> None:
+    """What was leased after the checkpoint was written down: the second training is on the data of the first."""
+    data = stream(tmp_path)
+    data.obey(orders((0, 2, 0)))
+    next(data)
+    saved = data.state_dict()
+    rest = [next(data)]
+    data.obey(orders((0, 2, 0), (0, 0, 0), (0, 1, 0)))
+    rest += [next(data) for _ in range(3)]
+    assert not data.ready
+
+    again = stream(tmp_path)
+    again.load_state_dict(saved)
+    # The coordinator has all of shard 2 by now, and the leases that came later as they were.
+    again.obey(orders((0, 0, 0), (0, 1, 0)))
+    assert [next(again) for _ in range(4)] == rest
+    assert not again.ready
+    again.obey(orders((0, 1, 0), (1, 0, 0)))
+    assert again._next_number == 4
+
+
+def test_a_site_without_a_checkpoint_asks_again(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    data.obey(orders((0, 2, 0)))
+    next(data)
+    fresh = stream(tmp_path)
+    assert not fresh.ready
+    fresh.obey(orders((0, 2, 3)))
+    assert fresh.progress() == [(0, 2, 3)]
+    assert fresh.state_dict()["leases"][0]["number"] == 1, "no number twice"
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"{", b'[{"number": 1}]'])
+def test_a_damaged_list_of_leases_is_done_without(tmp_path: Path, spoilt: bytes) -> None:
+    (tmp_path / "leases.json").write_bytes(spoilt)
+    data = stream(tmp_path)
+    data.obey(orders((0, 2, 0)))
+    assert data.ready
+
+
+def test_a_disk_that_refuses_does_not_stop_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    data = stream(tmp_path / "file")
+    data.obey(orders((0, 2, 0)))
+    assert data.ready
+    assert "cannot be written" in caplog.text
+
+
+def test_it_wants_what_it_trains_in_the_time_and_at_least_a_batch(tmp_path: Path) -> None:
+    data: Any = stream(tmp_path)
+    data.want(0)
+    assert data.ahead == 2
+    data.want(100)
+    assert data.ahead == 1 + 15
+    data.want(10**9)
+    assert data.ahead == 64
