@@ -17,15 +17,19 @@ LINK = ("--rate", "20mbit", "--rtt", "80ms")
 
 
 class Course:
-    """A coordinator and `sites`, each behind an emulated link where `linked`; all of it in the fleet's directory."""
+    """A coordinator and `sites`, all of it in the fleet's directory; those in `links` behind an emulated link with
+    these options of `isthmus link`."""
 
     def __init__(
-        self, fleet: Fleet, tables: Mapping[str, Mapping[str, Any]], sites: Sequence[str], *, linked: bool = False
+        self,
+        fleet: Fleet,
+        tables: Mapping[str, Mapping[str, Any]],
+        sites: Sequence[str],
+        links: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.fleet, self.sites = fleet, list(sites)
+        self.fleet, self.sites, self._links = fleet, list(sites), dict(links or {})
         self.port = free_port()
-        self._ports = {site: free_port() if linked else self.port for site in sites}
-        self._linked = linked
+        self._ports = {site: free_port() if site in self._links else self.port for site in sites}
         self._children: dict[str, Child] = {}
         self._starts = 0
         write_toml(fleet.directory / "run.toml", tables)
@@ -50,7 +54,7 @@ class Course:
                 arguments = [*serve, "--insecure"]
             case site if site != name:
                 listen, to = f"127.0.0.1:{self._ports[site]}", f"127.0.0.1:{self.port}"
-                arguments = ["link", "--listen", listen, "--to", to, *LINK]
+                arguments = ["link", "--listen", listen, "--to", to, *self._links[site]]
             case site:
                 arguments = ["site", "run", f"{site}.toml"]
         self._starts += 1
@@ -60,9 +64,13 @@ class Course:
         self.start("coordinator")
         await self.status()
         for site in self.sites:
-            if self._linked:
-                self.start(f"link-{site}")
-            self.start(site)
+            self.start_site(site)
+
+    def start_site(self, site: str) -> None:
+        """The site, and its link where it has one."""
+        if site in self._links:
+            self.start(f"link-{site}")
+        self.start(site)
 
     def runs(self, name: str) -> bool:
         return self._children[name].process.poll() is None

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.course import Course
+from benchmarks.course import LINK, Course
 from benchmarks.machine import arguments, copy_bytes_per_second, report
 from coordinator.store.journal import Journal
 from lab.corpus import shakespeare
@@ -30,10 +30,11 @@ KINDS = {"kill-site": 8, "stop-site": 4, "cut": 5, "kill-coordinator": 3}
 
 
 class Storm:
-    """Faults at random times, `per_hour` of them on average, on the sites of `course` and its coordinator."""
+    """Faults at random times, `per_hour` of them on average, on the sites of `course` and its coordinator; `scale`
+    shortens how long they last."""
 
-    def __init__(self, course: Course, per_hour: float, seed: int) -> None:
-        self.course, self.pause = course, 3600 / per_hour
+    def __init__(self, course: Course, per_hour: float, seed: int, scale: float = 1.0) -> None:
+        self.course, self.pause, self.scale = course, 3600 / per_hour, scale
         self.rng = random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.kills: list[tuple[float, str]] = []
@@ -72,23 +73,27 @@ class Storm:
             case "kill-site" | "kill-coordinator":
                 self.kills.append((time.time(), whom))
                 course.kill(whom)
-                await asyncio.sleep(self.rng.uniform(0, 10) if kind == "kill-site" else self.rng.uniform(0, 3))
+                await self._while(0, 10 if kind == "kill-site" else 3)
                 course.start(whom)
             case "stop-site":
                 course.send(whom, signal.SIGSTOP)
-                await asyncio.sleep(self.rng.uniform(2, 45))
+                await self._while(2, 45)
                 course.send(whom, signal.SIGCONT)
             case "cut":
                 course.kill(f"link-{whom}")
-                await asyncio.sleep(self.rng.uniform(1, 20))
+                await self._while(1, 20)
                 course.start(f"link-{whom}")
         self._busy.discard(whom)
+
+    async def _while(self, least: float, most: float) -> None:
+        """As long as a fault lasts, in seconds."""
+        await asyncio.sleep(self.scale * self.rng.uniform(least, most))
 
 
 def measure(tokens: int, per_hour: float, seed: int) -> dict[str, Any]:
     """One run; `per_hour` 0: left alone."""
     with tempfile.TemporaryDirectory(prefix="isthmus-storm-") as directory, Fleet(Path(directory)) as fleet:
-        course = Course(fleet, _tables(tokens), SITES, linked=True)
+        course = Course(fleet, _tables(tokens), SITES, dict.fromkeys(SITES, LINK))
         for site, speed in zip(SITES, SPEEDS, strict=True):
             config = fleet.directory / f"{site}.toml"
             text = config.read_text(encoding="utf-8").replace("threads = 1", f"threads = 1\nthrottle = {speed}")
@@ -96,8 +101,8 @@ def measure(tokens: int, per_hour: float, seed: int) -> dict[str, Any]:
         began = time.monotonic()
         status, storm = asyncio.run(_train(course, per_hour, seed))
         seconds = time.monotonic() - began
-        merged, again = _books(course.state, storm.kills if storm is not None else [])
-        refused = sum(course.log(site).count("is aligned anew") for site in SITES)
+        merged, again = books(course.state, storm.kills if storm is not None else [])
+        refused = refusals(course)
         return {
             "setting": "storm" if per_hour else "calm",
             "seed": seed,
@@ -131,7 +136,7 @@ async def _train(course: Course, per_hour: float, seed: int) -> tuple[dict[str, 
     return await course.finish(), storm
 
 
-def _books(state: Path, kills: list[tuple[float, str]]) -> tuple[int, list[float]]:
+def books(state: Path, kills: list[tuple[float, str]]) -> tuple[int, list[float]]:
     """(contributions that are merged, seconds from each kill of a site to its next accepted contribution)."""
     journal = Journal(state / "journal.sqlite", read_only=True)
     try:
@@ -145,6 +150,11 @@ def _books(state: Path, kills: list[tuple[float, str]]) -> tuple[int, list[float
         if later:
             again.append(min(later))
     return merged, again
+
+
+def refusals(course: Course) -> int:
+    """Contributions that were sent and will not be merged."""
+    return sum(course.log(site).count("is aligned anew") for site in course.sites)
 
 
 def _tables(tokens: int) -> dict[str, dict[str, Any]]:

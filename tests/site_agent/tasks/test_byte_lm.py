@@ -67,7 +67,8 @@ def test_the_default_mlp_is_8_thirds_of_the_width_in_steps_of_32() -> None:
         ({"held_out": 1.0}, r"\[task\] or \[data\] held_out: 1\.0 will not do; give .* between 0 and 1"),
         (
             {"partition": "mine"},
-            r"\[task\] or \[data\] partition: 'mine' will not do; give \"sharded\", \"contiguous\", \"local\" or \"leased\"",
+            r"\[task\] or \[data\] partition: 'mine' will not do; "
+            r"give \"sharded\", \"contiguous\", \"local\" or \"leased\"",
         ),
         ({"paths": 3}, r"\[task\] or \[data\] paths: 3 will not do; give a file, a directory"),
         ({"paths": ["a", 3]}, r"\[task\] or \[data\] paths: \['a', 3\] will not do; give a file, a directory"),
