@@ -21,6 +21,7 @@ class Metrics:
         self.open_contributions = Gauge(
             "isthmus_round_contributions", "Contributions in the open round", ["fragment"], registry=r
         )
+        self._of_fragments: list[tuple[Gauge, Gauge]] = []
         self.rounds = Counter("isthmus_rounds", "Closed rounds by reason", ["reason"], registry=r)
         self.round_sites = Histogram(
             "isthmus_round_sites",
@@ -82,9 +83,13 @@ class Metrics:
 
     def show_core(self, core: RunCore) -> None:
         """The gauges that mirror the core's state."""
-        for p, state in enumerate(core.fragments):
-            self.version.labels(p).set(state.version)
-            self.open_contributions.labels(p).set(len(state.open.contributions))
+        if not self._of_fragments:
+            # Looked up once: this is called with everything that happens.
+            fragments = range(len(core.fragments))
+            self._of_fragments = [(self.version.labels(p), self.open_contributions.labels(p)) for p in fragments]
+        for (version, contributions), state in zip(self._of_fragments, core.fragments, strict=True):
+            version.set(state.version)
+            contributions.set(len(state.open.contributions))
         self.live_sites.set(len(core.members.live))
         self.training_sites.set(len(core.members.in_state("training")))
         self.stalled_sites.set(len(core.stalled()))

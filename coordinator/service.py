@@ -30,7 +30,7 @@ from coordinator.outer.step import OuterState, Stepped, warm_up
 from coordinator.publication import Publication, Published
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
-from coordinator.store.journal import Journal, StoredRound
+from coordinator.store.journal import StoredRound
 from coordinator.store.recovery import execute, recover
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
@@ -119,11 +119,11 @@ class Coordinator:
         self.metrics, self.workers = workers.metrics, workers
         self.core = RunCore(plan_of(config, store.sequence_tokens))
         self.clock, self._wall = machine.clock, machine.wall
-        self.reader = Journal(store.journal.path, read_only=True)
+        self.reader = store.journal.reader()
         self.evaluations = self.reader.evaluations()
         if self.evaluations:
             self.metrics.eval_loss.set(self.evaluations[-1][1])
-        self._history = History(Journal(store.journal.path, read_only=True))
+        self._history = History(store.journal.reader())
         self.tick_seconds = TICK_SECONDS
         self._looking_back = asyncio.Lock()
         self._rounds: list[dict[str, Any]] = []
@@ -144,7 +144,7 @@ class Coordinator:
         )
         self._states = states
         self._checkpoints = store.checkpoints(config.store.keep_checkpoints)
-        self._merge_reader = Journal(store.journal.path, read_only=True)
+        self._merge_reader = store.journal.reader()
         self._mirroring = Mirroring(store, config.store, workers, machine)
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +38,10 @@ class Verified:
         )
 
 
-def verify(path: Path) -> Verified:
-    """Reads all that the state directory keeps, and executes every round again from the oldest checkpoint on. Writes
-    nothing; a daemon may be using the directory. Raises ConfigError, CorruptError (of the journal), OSError."""
+def verify(path: Path, executor: Executor | None = None) -> Verified:
+    """Reads all that the state directory keeps, and executes every round again from the oldest checkpoint on, chunks in
+    parallel on `executor` (None: one of its own). Writes nothing; a daemon may be using the directory. Raises
+    ConfigError, CorruptError (of the journal), OSError."""
     store = StateDir(path, read_only=True)
     try:
         store.journal.check_integrity()
@@ -47,9 +49,10 @@ def verify(path: Path) -> Verified:
         checkpoints = store.checkpoints(store.config.store.keep_checkpoints)
         if (fault := checkpoints.manifest_fault()) is not None:
             found.faults.append(fault)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        with ExitStack() as stack:
+            pool = executor or stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
             for fragment in store.layout.fragments:
-                _verify_fragment(store, checkpoints, fragment, found, executor)
+                _verify_fragment(store, checkpoints, fragment, found, pool)
         _verify_blobs(store, found)
         return found
     finally:

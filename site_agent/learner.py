@@ -71,6 +71,7 @@ class Trains(Protocol):
 
     skipped_steps: int
 
+    def seed(self, seed: int) -> None: ...
     def step(self, stream: BatchStream, lr: float) -> tuple[float, int, float]: ...
     def read(self, fragment: int) -> F32: ...
     def write(self, fragment: int, flat: F32) -> None: ...
@@ -192,7 +193,7 @@ class Learner:
 
     def _begin(self, anchors: list[Anchor], before: Mapping[str, Any] | None = None) -> None:
         """A site without a past in this run that it knows of; `before` is the manifest of its life before a restore."""
-        torch.manual_seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
+        self.trainer.seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
             self.trainer.write(p, anchor.flat)

@@ -411,9 +411,10 @@ class RunCore:
         return [StartRun(tuple(member.site for member in ready))]
 
     def _close_due(self, now: float) -> list[Decision]:
-        self._judge(now)
-        training = [member.site for member in self._counted()]
         cycles = self.pacer.cycle_seconds()
+        if self._judge(now, cycles):
+            cycles = self.pacer.cycle_seconds()
+        training = [member.site for member in self._counted()]
         tempos = self._tempos(cycles)
         decisions: list[Decision] = []
         for p, state in enumerate(self.fragments):
@@ -455,13 +456,13 @@ class RunCore:
         if (member := self.members.live.get(site)) is not None:
             member.stalled = False
 
-    def _judge(self, now: float) -> None:
+    def _judge(self, now: float, cycles: Mapping[str, float]) -> bool:
         """Which sites keep their lease and yet send nothing, for much longer than their cycles and links take: an
         agent's heartbeats go on where its training hangs. A full quorum waits for them, as it does for everyone, until
-        the deadline."""
+        the deadline. Whether it is others than before."""
         if self.plan.policy.quorum is None:
-            return
-        cycles = self.pacer.cycle_seconds()
+            return False
+        changed = False
         longest = FASTEST * _usual(cycles)
         for member in self.members.in_state("training"):
             here = any(member.site in state.open.sites | state.merging_sites for state in self.fragments)
@@ -469,7 +470,10 @@ class RunCore:
                 continue
             usual = min(cycle, longest) + min(member.report.sync_seconds, longest)
             patience = self.members.lease_seconds + STALLED_CYCLES * usual
-            member.stalled = now > self._got_on.get(member.site, now) + patience
+            stalled = now > self._got_on.get(member.site, now) + patience
+            changed |= stalled != member.stalled
+            member.stalled = stalled
+        return changed
 
     def _missing(self, fragment: int, cycles: Mapping[str, float]) -> list[Expected | None]:
         """When the sites that train and are not in the fragment's open round should contribute to it: a cycle after the

@@ -83,7 +83,7 @@ class Checkpoints:
         self._list(self._found())
 
     def _list(self, entries: Iterable[Entry]) -> None:
-        listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in entries]}, indent=1)
+        listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in entries]})
         self._disk.put(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
 
     def load(self, entry: Entry, fragment: Fragment) -> OuterState:

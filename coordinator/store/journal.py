@@ -111,20 +111,26 @@ class SiteRow:
 class Journal:
     """One connection to the journal. Not for use by two threads at once."""
 
-    def __init__(self, path: Path, *, read_only: bool = False, disk: Disk = DISK) -> None:
-        """Opens (and, unless `read_only`, creates) the journal. Raises CorruptError."""
+    def __init__(self, path: Path, *, read_only: bool = False, disk: Disk = DISK, checked: bool = False) -> None:
+        """Opens (and, unless `read_only`, creates) the journal, and reads through it, unless another connection has
+        `checked` it just now. Raises CorruptError."""
         self.path, self._disk = path, disk
         uri = f"{path.resolve().as_uri()}{'?mode=ro' if read_only else ''}"
         with self._reading():
             self._db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
             try:
-                self._prepare(read_only)
+                self._db.row_factory = sqlite3.Row
+                if not checked:
+                    self._prepare(read_only)
             except BaseException:
                 self._db.close()
                 raise
 
+    def reader(self) -> Journal:
+        """Another connection, for another thread, that reads only."""
+        return Journal(self.path, read_only=True, checked=True)
+
     def _prepare(self, read_only: bool) -> None:
-        self._db.row_factory = sqlite3.Row
         if not read_only:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")

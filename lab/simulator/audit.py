@@ -235,7 +235,7 @@ class Auditor:
                     "a contribution is in the version that was promised",
                     f"{seen} is in {holds[seen.id]}, not {version}",
                 )
-        if (verified := verify(coordinator.store.path)).faults:
+        if (verified := verify(coordinator.store.path, coordinator.workers.chunks)).faults:
             raise Violation("the state is a fold of the journal", verified.faults[0])
         return [(newest.version, newest.digest) for newest in coordinator.publication.newest]
 

@@ -90,6 +90,9 @@ class CountingTrainer:
         self.seconds = 0.0
         self.theta = [np.zeros(PLACES, np.float32) for _ in range(fragments)]
 
+    def seed(self, seed: int) -> None:
+        """Nothing is drawn."""
+
     def step(self, stream: Any, lr: float) -> tuple[float, int, float]:
         place = next(stream) % PLACES
         for theta in self.theta:

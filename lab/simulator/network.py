@@ -23,7 +23,8 @@ from shared.protocol import SITE_HEADER
 from site_agent.transport import Reply, Request, TransientError, Transport
 
 QUIET_SECONDS = 15.0
-PIECE_BYTES = 64
+PIECE_SECONDS = 0.3
+"""What takes longer than this on its way arrives in pieces."""
 _FRAGMENT = r"/v1/fragments/(?P<fragment>[0-9]{1,9})/versions/(?P<version>[0-9]{1,15})"
 _ROUTES = [
     ("POST", re.compile(r"/v1/join"), "join"),
@@ -204,9 +205,11 @@ class Imagined(Transport):
         """The body as it arrives."""
         self.wire.upload(1)
         try:
-            for at in range(0, len(body), max(PIECE_BYTES, len(body) // 4)):
-                piece = body[at : at + max(PIECE_BYTES, len(body) // 4)]
-                await asyncio.sleep(len(piece) / self.wire.weather.rate)
+            rate = self.wire.weather.rate
+            size = len(body) if len(body) < rate * PIECE_SECONDS else -(-len(body) // 4)
+            for at in range(0, len(body), max(1, size)):
+                piece = body[at : at + size]
+                await asyncio.sleep(len(piece) / rate)
                 if self.wire.cut:
                     raise web.RequestPayloadError("cut")
                 yield piece

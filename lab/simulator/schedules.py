@@ -22,12 +22,12 @@ FOR_EVER = 1e6
 def schedule_of(seed: int) -> Schedule:
     """A run and its faults, all from `seed`."""
     rng = random.Random(f"schedule {seed}")
-    sites = tuple("abc"[: rng.choice((2, 2, 3))])
+    sites = tuple("abc"[: rng.choice((2, 2, 2, 3))])
     config = _config(rng, len(sites))
     pace = {site: rng.choice((0.2, 0.5, 1.0, 2.0)) for site in sites}
     weather = {site: _weather(rng) for site in sites}
     length = 5 + 4 * STEPS * max(pace.values())
-    faults = sorted((_fault(rng, sites, length) for _ in range(rng.randrange(2, 7))), key=lambda f: f.at)
+    faults = sorted((_fault(rng, sites, length) for _ in range(rng.randrange(1, 5))), key=lambda f: f.at)
     repeats = config.rounds.quorum == "all" and config.rounds.deadline_seconds == FOR_EVER
     if repeats:
         # A site whose own disk fails may forget what it sent.
@@ -41,13 +41,13 @@ def schedule_of(seed: int) -> Schedule:
         faults=tuple(faults),
         repeats=repeats,
         lease_seconds=FOR_EVER if repeats else LEASE_SECONDS,
-        checkpoint_seconds=rng.choice((2.0, 8.0, 1000.0)),
+        checkpoint_seconds=rng.choice((3.0, 12.0, 1000.0)),
         in_parts=rng.random() < 0.3,
     )
 
 
 def _config(rng: random.Random, sites: int) -> RunConfig:
-    fragments, cycles = rng.choice((1, 2)), rng.choice((2, 2, 3))
+    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((2, 2, 3))
     quorum: str | int = rng.choice(("all", "all", 1, 1, 2))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
     rounds: dict[str, Any] = {

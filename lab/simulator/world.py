@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
 OUTAGE_STEPS = 5
-TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 3.0, 5
+TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 4.0, 4
 """Virtual seconds between ticks and early heartbeats, and how many others: where nothing happens, nothing need be
 computed."""
 

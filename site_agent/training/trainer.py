@@ -72,6 +72,10 @@ class Trainer:
         if self._throttle < 1.0:
             time.sleep(max(0.0, statistics.median(self._compute) / self._throttle - seconds))
 
+    def seed(self, seed: int) -> None:
+        """Sets the random state of every device, which dropout draws from."""
+        torch.manual_seed(seed)
+
     def read(self, fragment: int) -> F32:
         """The fragment's weights now, as a new flat fp32 vector."""
         described = self.layout.fragments[fragment]

@@ -56,7 +56,7 @@ def test_a_seed_is_a_course(tmp_path: Path) -> None:
 
 def found(likely: Callable[[Schedule], bool] = lambda schedule: True, most: int = 120) -> str:
     """The first invariant that breaks, among the first `most` schedules in which it is likely to."""
-    seeds = [seed for seed in range(10 * most) if likely(schedule_of(seed))]
+    seeds = [seed for seed in range(40 * most) if likely(schedule_of(seed))]
     for seed in seeds[:most]:
         if (violation := run_schedule(seed).violation) is not None:
             return violation
