@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -19,45 +20,11 @@ from coordinator.core.leases import Change, Entry
 from coordinator.core.rounds import Contribution
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import Digests, Stepped
+from coordinator.store import schema
 from shared.errors import ConfigError, CorruptError
 from shared.files import DISK, Disk
 
-SCHEMA_VERSION = 2
-_SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE sites (
-    name TEXT PRIMARY KEY, salt BLOB, token_hash BLOB, revoked INTEGER NOT NULL DEFAULT 0, added_at REAL,
-    session TEXT, enrolled INTEGER NOT NULL DEFAULT 0, active INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE contributions (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, site TEXT NOT NULL, fragment INTEGER NOT NULL,
-    base_version INTEGER NOT NULL, tokens INTEGER NOT NULL, steps INTEGER NOT NULL, blob TEXT NOT NULL,
-    size INTEGER NOT NULL, norm REAL NOT NULL, accepted_at REAL NOT NULL, round INTEGER,
-    pruned INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX open_contributions ON contributions (round);
-CREATE TABLE rounds (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, fragment INTEGER NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL,
-    rule TEXT NOT NULL, contributions TEXT NOT NULL, tokens INTEGER NOT NULL, closed_at REAL NOT NULL,
-    published_at REAL, delta TEXT, delta_size INTEGER, published_digest TEXT, master_digest TEXT, optimizer_digest TEXT,
-    merged_norm REAL, cosine REAL, pruned INTEGER NOT NULL DEFAULT 0, UNIQUE (fragment, version)
-);
-CREATE TABLE evaluations (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, tokens INTEGER NOT NULL, loss REAL NOT NULL,
-    at REAL NOT NULL
-);
-INSERT INTO meta VALUES ('schema', '{SCHEMA_VERSION}');
-COMMIT;
-"""
-
-
-_LEASES = """
-CREATE TABLE IF NOT EXISTS leases (
-    epoch INTEGER NOT NULL, shard INTEGER NOT NULL, number INTEGER NOT NULL, site TEXT, positions TEXT NOT NULL,
-    PRIMARY KEY (epoch, shard)
-) WITHOUT ROWID
-"""
+RESTORE = "restore the state directory from its mirror or a backup"
 _CONTRIBUTIONS = "SELECT c.*, r.version AS version FROM contributions c LEFT JOIN rounds r ON c.round = r.seq"
 
 
@@ -109,12 +76,14 @@ class SiteRow:
 
 
 class Journal:
-    """One connection to the journal. Not for use by two threads at once."""
+    """One connection to the journal. Two threads may use it, in turn: one waits for the other."""
 
     def __init__(self, path: Path, *, read_only: bool = False, disk: Disk = DISK, checked: bool = False) -> None:
         """Opens (and, unless `read_only`, creates) the journal, and reads through it, unless another connection has
         `checked` it just now. Raises CorruptError."""
         self.path, self._disk = path, disk
+        # SQLite has a lock of its own, but who waits for that one holds Python's, which a seal needs.
+        self._turn = threading.RLock()
         uri = f"{path.resolve().as_uri()}{'?mode=ro' if read_only else ''}"
         with self._reading():
             self._db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
@@ -134,28 +103,31 @@ class Journal:
         if not read_only:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(str(found))
+        schema.prepare(self._db)
+        self.check_integrity()
         fresh = self._one("SELECT 1 FROM sqlite_master WHERE name = 'meta'") is None
         if fresh and read_only:
             raise ConfigError(f"journal {self.path} is empty: no run was started here yet")
-        if not fresh and (schema := self.meta("schema")) != str(SCHEMA_VERSION):
-            # Before the tables are made: another version's journal stays as it is.
-            raise CorruptError(f"journal {self.path} has schema {schema}; this version reads {SCHEMA_VERSION}")
         if fresh:
-            self._db.executescript(_SCHEMA)
-        if not read_only:
-            self._db.execute(_LEASES)
-            self._db.execute("CREATE INDEX IF NOT EXISTS contributions_by_site ON contributions (fragment, site)")
+            schema.create(self._db)
+            return
+        if (known := self.meta("schema")) != str(schema.SCHEMA_VERSION):
+            # Before anything else is read or made: another version's journal stays as it is.
+            raise CorruptError(f"journal {self.path} has schema {known}; this version reads {schema.SCHEMA_VERSION}")
+        self.check_rows()
 
     def check_integrity(self) -> None:
-        """Reads the whole file, indexes included, where opening it only looks quickly. Raises CorruptError."""
+        """Reads the whole file, indexes included. Raises CorruptError."""
         with self._reading():
             found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(str(found))
+
+    def check_rows(self) -> None:
+        """Compares every row with its seal. Raises CorruptError naming the first one that differs."""
+        with self._reading():
+            if (fault := schema.check(self._db)) is not None:
+                raise sqlite3.DatabaseError(fault)
 
     def close(self) -> None:
         self._db.close()
@@ -169,7 +141,7 @@ class Journal:
     def set_meta(self, **values: str) -> None:
         with self._transaction("meta"):
             for key, value in values.items():
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+                self._put_meta(key, value)
 
     # -- sites
 
@@ -232,7 +204,7 @@ class Journal:
     def start_run(self, sites: Sequence[str]) -> None:
         """Training begins with these sites; one fact, so that no recovery finds a start that nobody took part in."""
         with self._transaction("start"):
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('started', '1')")
+            self._put_meta("started", "1")
             named = [(site,) for site in sites]
             self._db.executemany("UPDATE sites SET active = 1, enrolled = 1 WHERE name = ?", named)
 
@@ -380,12 +352,15 @@ class Journal:
 
     def _write_leases(self, change: Change) -> None:
         self._db.executemany(
-            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
-            [(e.epoch, e.shard, e.number, e.site, json.dumps(e.positions)) for e in change.entries],
+            "INSERT OR REPLACE INTO leases (key, epoch, shard, number, site, positions) VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (f"{e.epoch}/{e.shard}", e.epoch, e.shard, e.number, e.site, json.dumps(e.positions))
+                for e in change.entries
+            ],
         )
-        self._db.executemany("DELETE FROM leases WHERE epoch = ? AND shard = ?", change.done)
-        dealt = json.dumps([change.epoch, change.dealt])
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('dealt', ?)", (dealt,))
+        done = [(f"{epoch}/{shard}",) for epoch, shard in change.done]
+        self._db.executemany("DELETE FROM leases WHERE key = ?", done)
+        self._put_meta("dealt", json.dumps([change.epoch, change.dealt]))
 
     # -- evaluations
 
@@ -473,7 +448,7 @@ class Journal:
         its blobs there are the contributions after the `checkpoints` (fragment: version), and no deltas."""
         with self._transaction("restored"):
             for key, value in {"run": run, "lineage": lineage}.items():
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+                self._put_meta(key, value)
             self._db.execute("UPDATE sites SET session = NULL, active = 0")
             for fragment, version in checkpoints.items():
                 self._db.execute(
@@ -485,6 +460,13 @@ class Journal:
 
     # -- plumbing
 
+    def _put_meta(self, key: str, value: str) -> None:
+        """Within a transaction."""
+        self._db.execute(
+            "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (key, value),
+        )
+
     def _one(self, statement: str, *parameters: object) -> sqlite3.Row | None:
         with self._reading():
             row: sqlite3.Row | None = self._db.execute(statement, parameters).fetchone()
@@ -493,14 +475,15 @@ class Journal:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
-            yield
+            with self._turn:
+                yield
         except sqlite3.OperationalError as error:
-            raise OSError(f"journal {self.path}: {error}") from error
-        except sqlite3.DatabaseError as error:
+            if "decode" not in str(error):
+                raise OSError(f"journal {self.path}: {error}") from error
+            raise CorruptError(f"journal {self.path} is corrupt ({error}); {RESTORE}") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
-            raise CorruptError(
-                f"journal {self.path} is corrupt ({reason}); restore the state directory from a backup"
-            ) from error
+            raise CorruptError(f"journal {self.path} is corrupt ({reason}); {RESTORE}") from error
 
     @contextmanager
     def _transaction(self, name: str) -> Iterator[None]:

@@ -103,14 +103,14 @@ class StateDir:
             os.close(self._lock)
             self._lock = None
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         run = self.journal.meta("run")
         if run is None:
             raise ConfigError(f"state directory {self.path} holds no run yet; start `isthmus coordinator serve` on it")
         return run
 
-    @property
+    @cached_property
     def lineage(self) -> str:
         """The name that the run began with; another than `run_id` where it was restored from a mirror. Checkpoints and
         sites know it by this one."""
@@ -127,7 +127,7 @@ class StateDir:
         """Where relative paths of the run's config count from."""
         return Path(self.journal.meta("base") or ".")
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         try:
             return Layout.from_wire(json.loads(self.journal.meta("layout") or "null"))

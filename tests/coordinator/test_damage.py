@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +126,41 @@ def test_a_manifest_that_is_damaged_is_made_good_by_the_files_beside_it(killed: 
     (state / "checkpoints" / "manifest.json").write_text("{")
     assert any("manifest.json is corrupt" in fault for fault in verify(state).faults)
     assert recovered(state) == recovered(whole)
+
+
+def content(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All that a journal says. Raises CorruptError, OSError."""
+    journal = Journal(path, read_only=True)
+    try:
+        names = [row["name"] for row in journal._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: [tuple(row) for row in journal._db.execute(f"SELECT * FROM {name}")] for name in sorted(names)}
+    finally:
+        journal.close()
+
+
+def test_a_bit_that_changes_anywhere_in_the_journal_is_found(killed: Path, tmp_path: Path) -> None:
+    """SQLite itself notices what breaks its structure, the seals notice the rest."""
+    path = tmp_path / "journal.sqlite"
+    shutil.copytree(killed, tmp_path / "state")
+    recovered(tmp_path / "state")
+    whole = (tmp_path / "state" / "journal.sqlite").read_bytes()
+    path.write_bytes(whole)
+    expected = content(path)
+    rng = random.Random(0)
+    refused, by_seal = 0, 0
+    for _ in range(400):
+        spoilt = bytearray(whole)
+        spoilt[rng.randrange(100, len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(spoilt))
+        try:
+            found = content(path)
+        except (CorruptError, OSError) as error:
+            said = str(error)
+        else:
+            assert found == expected
+            continue
+        assert str(path) in said
+        refused += 1
+        by_seal += "is not what was written" in said
+    assert by_seal > 5, "what SQLite takes for sound"
+    assert refused > 20

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from coordinator.store import schema
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.verify import verify
@@ -88,6 +89,7 @@ def test_rounds_since_the_oldest_checkpoint_are_executed_again(killed: Path) -> 
     found = verify(killed)
     assert (found.faults, found.rounds) == ([], 1)
     with sqlite3.connect(killed / "journal.sqlite") as db:
+        schema.prepare(db)
         db.execute("UPDATE rounds SET rule = replace(rule, '0.5', '0.25') WHERE version = 3")
     db.close()
     (fault,) = verify(killed).faults
@@ -116,6 +118,7 @@ def test_a_manifest_that_cannot_be_read_is_named(state: Path) -> None:
 
 def test_a_journal_that_says_something_else_is_found_out(state: Path) -> None:
     with sqlite3.connect(state / "journal.sqlite") as db:
+        schema.prepare(db)
         db.execute("UPDATE rounds SET master_digest = published_digest WHERE version = 3 AND fragment = 1")
     db.close()
     (fault,) = verify(state).faults[:1]

@@ -249,7 +249,7 @@ def one_sentence(error: BaseException, path: Path) -> None:
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_file_that_is_no_journal_is_told_and_left_alone(path: Path, content: bytes, read_only: bool) -> None:
     path.write_bytes(content)
-    with pytest.raises(CorruptError, match=r"is corrupt \(.*\); restore the state directory from a backup") as caught:
+    with pytest.raises(CorruptError, match=r"is corrupt \(.*\); restore the state directory from its mirror or a backup") as caught:
         Journal(path, read_only=read_only)
     one_sentence(caught.value, path)
     assert path.read_bytes() == content
@@ -278,10 +278,10 @@ def test_a_damaged_page_is_told_in_one_sentence(journal: Journal) -> None:
 
 
 def test_a_journal_of_another_schema_is_refused(journal: Journal, path: Path) -> None:
-    journal.set_meta(schema="3")
+    journal.set_meta(schema="9")
     journal.close()
     for read_only in (True, False):
-        with pytest.raises(CorruptError, match="has schema 3; this version reads 2") as caught:
+        with pytest.raises(CorruptError, match="has schema 9; this version reads 3") as caught:
             Journal(path, read_only=read_only)
         one_sentence(caught.value, path)
 
