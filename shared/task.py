@@ -130,7 +130,8 @@ def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) ->
 def build_model(task: Any, seed: int) -> nn.Module:
     """`task.build_model()` under `seed`, without disturbing the caller's random state. Raises ConfigError."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # The one that was forked; `torch.manual_seed` would seed every device besides.
+        torch.default_generator.manual_seed(seed)
         try:
             model: nn.Module = task.build_model()
         except ConfigError:

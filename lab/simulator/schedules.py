@@ -42,12 +42,12 @@ def schedule_of(seed: int) -> Schedule:
         repeats=repeats,
         lease_seconds=FOR_EVER if repeats else LEASE_SECONDS,
         checkpoint_seconds=rng.choice((3.0, 12.0, 1000.0)),
-        in_parts=rng.random() < 0.3,
+        in_parts=rng.random() < 0.2,
     )
 
 
 def _config(rng: random.Random, sites: int) -> RunConfig:
-    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((2, 2, 3))
+    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((1, 2, 2, 3))
     quorum: str | int = rng.choice(("all", "all", 1, 1, 2))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
     rounds: dict[str, Any] = {
