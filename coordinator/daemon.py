@@ -24,6 +24,8 @@ from shared.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
+IDLE_SECONDS = 90.0
+"""A connection on which nothing is asked, or only half a header comes, is let go; sites keep an idle one for 60 s."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     api = Api(coordinator, insecure=listen.insecure)
-    runner = web.AppRunner(api.app(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handle_signals=False)
+    runner = runner_of(api)
     try:
         await runner.setup()
         for socket_ in sockets:
@@ -114,6 +116,17 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
         coordinator.publication.close()
         await runner.cleanup()
         await coordinator.stop()
+
+
+def runner_of(api: Api) -> web.AppRunner:
+    """The server's own settings."""
+    return web.AppRunner(
+        api.app(),
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        keepalive_timeout=IDLE_SECONDS,
+        handle_signals=False,
+    )
 
 
 async def _bound(listen: Listen) -> list[socket.socket]:
