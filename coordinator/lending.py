@@ -26,6 +26,7 @@ class Lending:
 
     def __init__(self, journal: Journal, reader: Journal, workers: Workers, fragments: int, seed: int) -> None:
         self._journal, self._workers, self._fragments, self._seed = journal, workers, fragments, seed
+        self.away_seconds = AWAY_SECONDS
         self._turn = asyncio.Lock()
         self._away: dict[str, float] = {}
         self._digest = ""
@@ -98,7 +99,7 @@ class Lending:
             return
         holders = {entry.site for entry in self.leases.entries.values() if entry.site is not None}
         self._away = {site: self._away.get(site, now) for site in holders - set(live)}
-        gone = sorted(site for site, since in self._away.items() if now - since >= AWAY_SECONDS)
+        gone = sorted(site for site, since in self._away.items() if now - since >= self.away_seconds)
         async with self._turn:
             if not gone or (change := self.leases.plan_return(gone)) is None:
                 return

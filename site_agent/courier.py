@@ -9,6 +9,7 @@ array, checks its digest, and passes it over whole. `Courier` works on whatever 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import platform
 import queue
@@ -128,7 +129,7 @@ class Courier:
         self._link.in_touch = self._touch
         self._answers = True
         self._delta_bytes: dict[int, int] = {}
-        self._undelivered, self._delivered = 0, asyncio.Event()
+        self._undelivered, self._delivered, self._hurry = 0, asyncio.Event(), asyncio.Event()
         self._evaluation: Evaluation | None = None
         self._jobs: set[asyncio.Task[None]] = set()
         self._session = ""
@@ -161,6 +162,10 @@ class Courier:
         """A version came out as other bits than it should, and was replaced."""
         self.repairs += 1
         self._metrics.repairs.inc()
+
+    def hurry(self) -> None:
+        """The next heartbeat goes now."""
+        self._hurry.set()
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Reports an evaluation with the next heartbeat."""
@@ -253,7 +258,10 @@ class Courier:
                 # Who wants to join rounds that are about to close must hear of them in time, and who has no data to
                 # train on is waiting for some.
                 pause = min(pause, self.soon_seconds)
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._hurry.wait()
+            self._hurry.clear()
 
     def _heartbeat(self, report: Report, evaluation: Evaluation | None) -> Heartbeat:
         return Heartbeat(
@@ -484,6 +492,9 @@ class CourierThread(Courier):
     def describe_data(self, manifest: Manifest) -> None:
         """Raises RefusedError where the others' data is another."""
         self._wait_for(self.describe(manifest))
+
+    def hurry(self) -> None:
+        self._loop.call_soon_threadsafe(self._hurry.set)
 
     def orders(self) -> Orders | None:
         return self._wait_for(self.ask_orders())

@@ -221,7 +221,7 @@ class Learner:
         contributed = at_join.contributed
         if contributed < newest.version:
             return
-        self.snapshots[p] = newest.flat
+        self.snapshots[p] = newest.flat.copy()  # a checkpoint takes no tensor twice
         self.core.fragments[p].in_flight = InFlight(
             contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
         )
@@ -305,15 +305,21 @@ class Learner:
         self._saved_at = self._clock()
         self._report()
         self._evaluate_if_ordered()
+        hurried = False
         while True:
             match core.next_action():
                 case Done():
                     self._report()
                     return
                 case Step() if self._starved():
-                    self._report()
+                    if not hurried:
+                        log.info("waiting for data")
+                        self._report()
+                        self.courier.hurry()
+                        hurried = True
                     self._take_in((yield Hear()))
                 case Step():
+                    hurried = False
                     self._take_in((yield Train()))
                 case Snapshot() as action:
                     self._contribute(action)

@@ -66,6 +66,9 @@ class Auditor:
         self._last_seq = 0
         self._published = [0] * config.rounds.fragments
         self._promised: list[tuple[Seen, int]] = []
+        self._data: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._came_back: set[tuple[int, int]] = set()
+        self._trained: dict[tuple[int, int, int], set[tuple[str, int]]] = {}
         self.checks = 0
         self.forgetful: set[str] = set()
         """Sites whose disk refused: what they do not know any more they cannot account for."""
@@ -90,8 +93,13 @@ class Auditor:
 
     def committed(self, what: str) -> None:
         """A transaction of the coordinator's journal is durable."""
-        if self._coordinator is not None and what in ("accept", "publish"):
+        if self._coordinator is None:
+            return
+        if what in ("accept", "publish"):
             self._look(self._coordinator)
+        if what == "lease":
+            rows = self._coordinator.reader._db.execute("SELECT epoch, shard FROM leases WHERE site IS NULL")
+            self._came_back.update((row["epoch"], row["shard"]) for row in rows)
 
     def heard(self, site: str) -> None:
         """Bytes of a site's request have reached the coordinator."""
@@ -203,6 +211,32 @@ class Auditor:
                     f"and {held[place]:.3f} held of {taken[place]:g}",
                 )
 
+    def trained(self, site: str, step: int, at: tuple[int, int, int]) -> None:
+        """A site trains a sequence of leased data: (epoch, shard, position)."""
+        self.checks += 1
+        before = self._data.setdefault((site, step), at)
+        if before != at and site not in self.forgetful:
+            self._violated("a step is trained again on the same data", f"site {site}, step {step}: {before}, then {at}")
+        self._trained.setdefault(at, set()).add((site, step))
+
+    def _all_data_once(self, coordinator: Coordinator) -> None:
+        """What was leased is trained once where nobody forgot what it did, and nothing that is done is left out."""
+        if (leases := coordinator.lending.leases) is None:
+            return
+        for at, steps in self._trained.items():
+            if len(steps) > 1 and not self.forgetful and at[:2] not in self._came_back:
+                raise Violation("a sequence is trained once an epoch", f"{at} by {sorted(steps)}")
+        for epoch in range(leases.epoch + 1):
+            order = leases._shuffled(epoch)
+            for shard in order[: leases.dealt] if epoch == leases.epoch else order:
+                entry = leases.entries.get((epoch, shard))
+                done = leases.sizes[shard] if entry is None else entry.position
+                for position in range(done):
+                    if (epoch, shard, position) not in self._trained:
+                        raise Violation(
+                            "no sequence is left out", f"{(epoch, shard, position)}, of {done} that are done"
+                        )
+
     def site_done(self, site: str, learner: Learner) -> None:
         """A site leaves, because the run is finished."""
         self.site_went_on(site, learner)
@@ -235,6 +269,7 @@ class Auditor:
                     "a contribution is in the version that was promised",
                     f"{seen} is in {holds[seen.id]}, not {version}",
                 )
+        self._all_data_once(coordinator)
         if (verified := verify(coordinator.store.path, coordinator.workers.chunks)).faults:
             raise Violation("the state is a fold of the journal", verified.faults[0])
         return [(newest.version, newest.digest) for newest in coordinator.publication.newest]

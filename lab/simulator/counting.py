@@ -8,19 +8,23 @@ sums of such numbers show the order in which they were made.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.files import Disk
 from shared.fragments import F32
-from shared.task import Shard, Task
+from shared.task import Manifest, Shard, Task
+from site_agent.training.leased import LeasedStream
 
 PLACES = 64
 TOKENS = 8
 """Of each inner step."""
+LEASED = Manifest("0" * 32, (6, 4, 7, 5))
 
 
 class Model(nn.Module):
@@ -77,6 +81,33 @@ class Steps:
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = int(state["position"])
+
+
+class LeasedSteps(LeasedStream):
+    """The same numbers, each for one sequence of data that is leased; `trained` is told of each step, and which
+    (epoch, shard, position) it was."""
+
+    def __init__(self, directory: Path, disk: Disk, trained: Callable[[int, tuple[int, int, int]], None]) -> None:
+        super().__init__(None, LEASED, 1, 0, directory, disk)
+        self.position = 0
+        self._trained = trained
+
+    def __next__(self) -> int:
+        lease = self._leases[0]
+        at = (*lease.key, lease.position)
+        lease.position += 1
+        if lease.position == self.sizes[lease.shard]:
+            self._finished.append(self._leases.pop(0))
+        self._trained(self.position, at)
+        self.position += 1
+        return self.position - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self.position = int(state["position"])
 
 

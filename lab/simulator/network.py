@@ -30,6 +30,7 @@ _ROUTES = [
     ("POST", re.compile(r"/v1/join"), "join"),
     ("POST", re.compile(r"/v1/sites/(?P<site>[^/]+)/heartbeat"), "heartbeat"),
     ("POST", re.compile(r"/v1/sites/(?P<site>[^/]+)/leave"), "leave"),
+    ("PUT", re.compile(r"/v1/sites/(?P<site>[^/]+)/manifest"), "describe"),
     ("POST", re.compile(r"/v1/contributions"), "open_upload"),
     ("PUT", re.compile(r"/v1/contributions/(?P<id>[0-9a-f]{32})/parts/(?P<part>[0-9]{1,9})"), "put_part"),
     ("POST", re.compile(r"/v1/contributions/(?P<id>[0-9a-f]{32})/commit"), "commit"),

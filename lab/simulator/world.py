@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from coordinator.core.membership import LEASE_SECONDS
 from coordinator.machine import Machine
 from coordinator.service import Coordinator
 from lab.simulator.audit import Auditor, Violation
-from lab.simulator.counting import CountingTrainer, Steps, Stride
+from lab.simulator.counting import LEASED, CountingTrainer, LeasedSteps, Steps, Stride
 from lab.simulator.disk import Crashed, FaultyDisk
 from lab.simulator.loop import Deadlock, Lanes, VirtualLoop
 from lab.simulator.network import Imagined, Routes, Weather, Wire
 from shared.config import RunConfig, received_run
 from shared.errors import FaultError, IsthmusError
+from shared.task import Shard
 from site_agent.courier import Courier, Event
 from site_agent.learner import Hear, Learner, Place, Train
 from site_agent.link import Link
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
 OUTAGE_STEPS = 5
+AWAY_SECONDS = 60.0
 TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 4.0, 4
 """Virtual seconds between ticks and early heartbeats, and how many others: where nothing happens, nothing need be
 computed."""
@@ -114,6 +117,7 @@ class Schedule:
     in_parts: bool = False
     lease_seconds: float = LEASE_SECONDS
     repeats: bool = False
+    leased: bool = False
     joins_at: dict[str, float] = field(default_factory=dict)
     limit: float = 3_000.0
 
@@ -188,6 +192,7 @@ class CoordinatorProcess:
             world.later(5.0, self.start_if_down)
             return
         coordinator.tick_seconds = TICK_SECONDS
+        coordinator.lending.away_seconds = AWAY_SECONDS
         coordinator.core.members.lease_seconds = world.schedule.lease_seconds
         if world.schedule.in_parts:
             coordinator.intake.uploads.part_bytes = PART_BYTES
@@ -301,12 +306,17 @@ class SiteProcess:
         # A machine is not as fast as it was before its restart, and so its cycles are not where they were.
         seconds = world.schedule.step_seconds[self.name] * world.rng.choice((0.25, 1.0, 1.0, 4.0))
         trainer.seconds = seconds
+        streams: Callable[[Shard], Any] = lambda shard: Steps()  # noqa: E731
+        if world.schedule.leased:
+            await courier.describe(LEASED)
+            leased = LeasedSteps(self.directory, disk, partial(world.auditor.trained, self.name))
+            streams = lambda shard: leased  # noqa: E731
         place = Place(self.directory, world.schedule.checkpoint_seconds, Lanes(1, world.duration), disk)
         learner = self.learner = Learner(
             run,
             joined,
             trainer,
-            lambda shard: Steps(),
+            streams,
             courier,
             _NoEvaluator(),
             metrics,

@@ -21,6 +21,7 @@ from lab.simulator.world import Schedule, World
 from site_agent.contribution import left_of
 from site_agent.core.alignment import How
 from site_agent.learner import Learner
+from site_agent.training.leased import LeasedStream
 
 SCHEDULES = 60
 
@@ -151,3 +152,23 @@ def test_a_version_that_is_used_again_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(RunCore, "restore", behind)
     monkeypatch.setattr(Journal, "close_round", over)
     assert found(killed)
+
+
+def leased(schedule: Schedule) -> bool:
+    return schedule.leased and any(fault.kind.startswith("kill") for fault in schedule.faults)
+
+
+def test_a_lease_that_is_used_before_it_is_written_down_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(self: LeasedStream, new: Any) -> None:
+        self._known.extend(dataclasses.replace(lease) for lease in new)
+
+    monkeypatch.setattr(LeasedStream, "_remember", forget)
+    assert "a step is trained again on the same data" in found(leased)
+
+
+def test_progress_that_is_claimed_before_it_is_in_the_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ahead(self: LeasedStream) -> list[tuple[int, int, int]]:
+        return [(lease.epoch, lease.shard, self.sizes[lease.shard]) for lease in self._leases]
+
+    monkeypatch.setattr(LeasedStream, "progress", ahead)
+    assert "no sequence is left out" in found(lambda schedule: schedule.leased)
