@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import uuid
 from collections import deque
@@ -149,7 +150,8 @@ class Coordinator:
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
+        self._news, self._due = asyncio.Event(), -math.inf
+        """Whoever keeps time sleeps until `_due`, or until there is news that changes that."""
         self._disk_is_low = False
         self._absurd: set[tuple[str, str]] = set()
         self._stalled: set[str] = set()
@@ -403,7 +405,9 @@ class Coordinator:
                     await self._mirroring.begin(self.core.tokens)
         self._note_stalled()
         self.metrics.show_core(self.core)
-        self._news.set()
+        wakeup = self.core.next_wakeup()
+        if wakeup is not None and wakeup < self._due:
+            self._news.set()
 
     async def _merge(self, close: CloseRound) -> None:
         """One round from its journal row to its publication."""
@@ -461,12 +465,14 @@ class Coordinator:
             self._news.clear()
             wakeup = self.core.next_wakeup()
             pause = self.tick_seconds if wakeup is None else min(self.tick_seconds, max(0.01, wakeup - self.clock()))
-            due = self.clock() + pause
+            self._due = due = self.clock() + pause
             try:
-                # What came in meanwhile may have brought the next time nearer.
-                await asyncio.wait_for(self._news.wait(), pause)
+                # What comes in meanwhile may bring the next time nearer.
+                async with asyncio.timeout(pause):
+                    await self._news.wait()
             except TimeoutError:
                 self.metrics.loop_lag.set(max(0.0, self.clock() - due))
+            self._due = -math.inf
             await self._carry_out(self.core.tick(self.clock()))
             await self.lending.take_back(self.core.members.live, self.clock())
 

@@ -23,8 +23,8 @@ from shared.protocol import SITE_HEADER
 from site_agent.transport import Reply, Request, TransientError, Transport
 
 QUIET_SECONDS = 15.0
-PIECE_SECONDS = 0.3
-"""What takes longer than this on its way arrives in pieces."""
+LEAST_SECONDS, PIECE_SECONDS = 0.01, 0.3
+"""What takes less time on its way takes none; what takes longer arrives in pieces."""
 _FRAGMENT = r"/v1/fragments/(?P<fragment>[0-9]{1,9})/versions/(?P<version>[0-9]{1,15})"
 _ROUTES = [
     ("POST", re.compile(r"/v1/join"), "join"),
@@ -210,7 +210,8 @@ class Imagined(Transport):
             size = len(body) if len(body) < rate * PIECE_SECONDS else -(-len(body) // 4)
             for at in range(0, len(body), max(1, size)):
                 piece = body[at : at + size]
-                await asyncio.sleep(len(piece) / rate)
+                if (seconds := len(piece) / rate) > LEAST_SECONDS:
+                    await asyncio.sleep(seconds)
                 if self.wire.cut:
                     raise web.RequestPayloadError("cut")
                 yield piece

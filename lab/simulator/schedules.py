@@ -50,7 +50,7 @@ def schedule_of(seed: int) -> Schedule:
 
 
 def _config(rng: random.Random, sites: int) -> RunConfig:
-    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((1, 2, 2, 3))
+    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((1, 1, 2, 3))
     quorum: str | int = rng.choice(("all", "all", 1, 1, 2))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
     rounds: dict[str, Any] = {

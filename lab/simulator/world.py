@@ -41,7 +41,7 @@ PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
 OUTAGE_STEPS = 5
 AWAY_SECONDS = 60.0
-TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 4.0, 4
+TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 4.0, 3
 """Virtual seconds between ticks and early heartbeats, and how many others: where nothing happens, nothing need be
 computed."""
 
