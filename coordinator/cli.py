@@ -95,7 +95,10 @@ def verify(
 @app.command()
 @command
 def restore(
-    url: Annotated[str, typer.Argument(metavar="URL", help="What [store] mirror names in the run's config.")],
+    url: Annotated[
+        str,
+        typer.Argument(metavar="URL", help="What mirror names in the run's config, or the directory of one run in it."),
+    ],
     state_dir: Annotated[Path, typer.Argument(metavar="STATE_DIR", help="A directory that is empty or not there.")],
 ) -> None:
     """Make a state directory from a run's mirror, as on a new machine."""

@@ -119,8 +119,9 @@ class Intake:
             written += len(data)
         if written != size:
             raise Refused(Code.BAD_REQUEST, f"part {part} has {written} bytes and must have {size}")
-        if upload.part_bytes == cut:
-            upload.parts.add(part)
+        if upload.part_bytes != cut:
+            raise Refused(Code.UNKNOWN_UPLOAD, f"upload {id_} was cut otherwise meanwhile; open it again")
+        upload.parts.add(part)
 
     async def commit(self, site: str, id_: str) -> Outcome:
         """Accepts or refuses a finished upload; may be asked again, and then answers the same."""

@@ -18,11 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class Mirroring:
-    """The passes of `[store] mirror`: one at a time, `mirror_seconds` apart. What fails is told, counted, and tried
-    again with the next one. Raises ConfigError where the URL cannot be used at all."""
+    """The passes of a mirror at `place` (None: there is none): one at a time, `mirror_seconds` apart. What fails is
+    told, counted, and tried again with the next one."""
 
-    def __init__(self, store: StateDir, config: StoreTable, workers: Workers, machine: Machine) -> None:
-        self._mirror = Mirror(Place(config.mirror), store, config.keep_checkpoints) if config.mirror else None
+    def __init__(
+        self, place: Place | None, store: StateDir, config: StoreTable, workers: Workers, machine: Machine
+    ) -> None:
+        self._mirror = Mirror(place, store, config.keep_checkpoints) if place is not None else None
         self._every, self._workers = config.mirror_seconds, workers
         self._clock, self._wall = machine.clock, machine.wall
         self._cancelled = threading.Event()

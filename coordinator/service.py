@@ -32,6 +32,7 @@ from coordinator.publication import Publication, Published
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import StoredRound
+from coordinator.store.mirror import Place
 from coordinator.store.recovery import execute, recover
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
@@ -111,7 +112,13 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: RunConfig, store: StateDir, states: list[OuterState], workers: Workers, machine: Machine
+        self,
+        config: RunConfig,
+        store: StateDir,
+        states: list[OuterState],
+        workers: Workers,
+        machine: Machine,
+        mirror: Place | None = None,
     ) -> None:
         self.config, self.store = config, store
         self.run_id, self.layout = store.run_id, store.layout
@@ -146,7 +153,7 @@ class Coordinator:
         self._states = states
         self._checkpoints = store.checkpoints(config.store.keep_checkpoints)
         self._merge_reader = store.journal.reader()
-        self._mirroring = Mirroring(store, config.store, workers, machine)
+        self._mirroring = Mirroring(mirror, store, config.store, workers, machine)
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._timekeeper: asyncio.Task[None] | None = None
@@ -169,11 +176,12 @@ class Coordinator:
 
         Raises ConfigError, CorruptError, OSError.
         """
+        mirror = Place(config.store.mirror) if config.store.mirror else None  # refused before anything is made
         store = StateDir.hold(path, machine.disk)
         workers = Workers(Metrics(), machine)
         try:
             states = await asyncio.to_thread(_open_states, config, store, workers, machine, base)
-            coordinator = cls(config, store, states, workers, machine)
+            coordinator = cls(config, store, states, workers, machine, mirror)
         except BaseException:
             workers.shutdown()
             store.discard()

@@ -338,6 +338,7 @@ def test_an_unknown_url_refuses_the_start(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="nonsense://x is not a URL"):
         asyncio.run(opened())
+    assert not (tmp_path / "state").exists(), "a refused start leaves nothing"
 
 
 def test_a_site_is_not_told_where_the_mirror_is(tmp_path: Path) -> None:
