@@ -18,9 +18,11 @@ from shared.protocol import (
     PART_BYTES,
     PROTOCOL,
     SITE_HEADER,
+    DataReport,
     Heartbeat,
     Join,
     Leave,
+    Manifest,
     OpenUpload,
     Upload,
     unpack,
@@ -112,7 +114,7 @@ async def test_a_field_of_the_wrong_kind_is_named(fleet: Any, field: str, value:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.binary(max_size=200), st.sampled_from([Join, Heartbeat, Leave, OpenUpload]))
+@given(st.binary(max_size=200), st.sampled_from([Join, Heartbeat, Leave, OpenUpload, Manifest]))
 def test_no_bytes_make_unpack_raise_anything_but_a_format_error(data: bytes, kind: Any) -> None:
     with pytest.raises(FormatError):
         unpack(kind, data)
@@ -123,11 +125,12 @@ any_value = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-fields = sorted({*Join.model_fields, *Heartbeat.model_fields, *OpenUpload.model_fields, "layout"})
+MESSAGES = [Join, Heartbeat, OpenUpload, Manifest, DataReport]
+fields = sorted({"layout", *(field for kind in MESSAGES for field in kind.model_fields)})
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.dictionaries(st.sampled_from(fields), any_value, max_size=6), st.sampled_from([Join, Heartbeat, OpenUpload]))
+@given(st.dictionaries(st.sampled_from(fields), any_value, max_size=6), st.sampled_from(MESSAGES))
 def test_no_message_makes_unpack_raise_anything_but_a_format_error(message: dict[str, Any], kind: Any) -> None:
     with contextlib.suppress(FormatError):
         unpack(kind, msgpack.packb(message))
