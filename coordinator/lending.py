@@ -58,7 +58,8 @@ class Lending:
             return None
         holding = [*report.holding, *report.finished]
         # Nobody takes much more than a part of what there is in advance: a site that dies with it holds it up.
-        ahead = min(report.ahead, max(2, len(self.leases.sizes) // (4 * max(1, sites))))
+        share = max(2, len(self.leases.sizes) // (4 * max(1, sites)))
+        ahead = max(report.least, min(report.ahead, share))
         async with self._turn:
             if (change := self.leases.plan_grants(site, ahead, report.finished)) is not None:
                 await self._workers.write(self._journal.lease, change)

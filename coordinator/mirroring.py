@@ -16,6 +16,8 @@ from shared.config import StoreTable
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 60.0
+
 
 class Mirroring:
     """The passes of a mirror at `place` (None: there is none): one at a time, `mirror_seconds` apart. What fails is
@@ -31,6 +33,7 @@ class Mirroring:
         self._begun: float | None = None
         self._under_way: asyncio.Task[None] | None = None
         self._again: int | None = None
+        self._faulty = False
 
     def due(self) -> bool:
         """Whether a pass should begin with the checkpoint that has just been written."""
@@ -38,48 +41,48 @@ class Mirroring:
             return False
         return self._begun is None or self._clock() - self._begun >= self._every
 
-    async def begin(self, tokens: int) -> None:
+    def begin(self, tokens: int) -> None:
         """Begins a pass over what is durable now, `tokens` of the run merged; after the one that is under way, if one
         is."""
-        if self._mirror is None:
+        if self._mirror is None or self._cancelled.is_set():
             return
         if self._under_way is not None:
             self._again = tokens
             return
-        self._begun = self._clock()
-        try:
-            versions = await self._workers.on(self._workers.merger, self._mirror.stage)
-        except OSError as error:
-            self._failed(error)
-            return
-        self._under_way = asyncio.create_task(self._copy(self._mirror, versions, tokens))
+        self._begun, self._again = self._clock(), None
+        self._under_way = asyncio.create_task(self._pass(self._mirror, tokens))
+
+    def retry(self, tokens: int) -> None:
+        """Begins again where the last pass failed and nothing else will: after some time."""
+        if self._faulty and self._begun is not None and self._clock() - self._begun >= RETRY_SECONDS:
+            self.begin(tokens)
 
     async def stop(self) -> None:
         """Breaks off what is under way; the pass before it stays good."""
-        self._again = None
-        if self._mirror is not None and self._under_way is not None:
-            self._cancelled.set()
+        self._cancelled.set()
+        if self._under_way is not None:
             self._under_way.cancel()
             await asyncio.gather(self._under_way, return_exceptions=True)
 
-    async def _copy(self, mirror: Mirror, versions: dict[int, int], tokens: int) -> None:
+    async def _pass(self, mirror: Mirror, tokens: int) -> None:
+        cancelled = self._cancelled.is_set
         try:
-            done = await _on_a_daemon_thread(
-                lambda: mirror.copy(versions, tokens, self._wall(), self._cancelled.is_set)
-            )
+            versions = await self._workers.on(self._workers.merger, mirror.stage)
+            done = await _on_a_daemon_thread(lambda: mirror.copy(versions, tokens, self._wall(), cancelled))
+            self._faulty = False
             self._workers.metrics.mirrored_at.set(done.written_at)
             log.info("mirrored: %d files, %.1f MB", len(done.files), sum(done.files.values()) / 1e6)
         except Cancelled:
             log.info("a pass of the mirror was broken off")
-        except Exception as error:  # file systems raise whatever their libraries do
+        except Exception as error:  # file systems raise whatever their libraries do, and a mirror stops nothing
             self._failed(error)
         finally:
             self._under_way = None
         if (again := self._again) is not None:
-            self._again = None
-            await self.begin(again)
+            self.begin(again)
 
     def _failed(self, error: Exception) -> None:
+        self._faulty = True
         self._workers.metrics.mirror_faults.inc()
         log.error("the mirror could not be written (%s: %s); it is tried again later", type(error).__name__, error)
 

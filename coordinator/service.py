@@ -204,7 +204,7 @@ class Coordinator:
         self._timekeeper.add_done_callback(self._ended)
         await self._carry_out(decisions)
         if self.core.finished:
-            await self._mirroring.begin(self.core.tokens)
+            self._mirroring.begin(self.core.tokens)
 
     async def stop(self) -> None:
         """Lets the merges and writes that are under way finish, then closes everything."""
@@ -410,7 +410,7 @@ class Coordinator:
                 case FinishRun():
                     log.info("run %s is finished: %d tokens merged", self.run_id, self.core.tokens)
                     await durably(self.workers.merger, "the last checkpoint", self._checkpoint_all, self.core.stalest())
-                    await self._mirroring.begin(self.core.tokens)
+                    self._mirroring.begin(self.core.tokens)
         self._note_stalled()
         self.metrics.show_core(self.core)
         wakeup = self.core.next_wakeup()
@@ -438,7 +438,7 @@ class Coordinator:
         if version % self.config.store.checkpoint_versions == 0:
             await workers.durably(workers.merger, "a checkpoint", self._checkpoint, p, self.core.stalest())
             if self._mirroring.due():
-                await self._mirroring.begin(self.core.tokens)
+                self._mirroring.begin(self.core.tokens)
 
     def _execute(self, fragment: int, version: int) -> Stepped:
         round_ = self._merge_reader.round(fragment, version)
@@ -483,6 +483,7 @@ class Coordinator:
             self._due = -math.inf
             await self._carry_out(self.core.tick(self.clock()))
             await self.lending.take_back(self.core.members.live, self.clock())
+            self._mirroring.retry(self.core.tokens)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._merges.discard(task)

@@ -28,7 +28,7 @@ SMALLEST_PART_BYTES = 64 << 10
 """A site with a slow link may ask for parts as small as this."""
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
-MOST_SHARDS, MOST_AHEAD, MOST_LEASES = 1 << 16, 64, 1 << 12
+MOST_SHARDS, MOST_AHEAD, MOST_LEASES = 1 << 16, 1 << 10, 1 << 12
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
@@ -119,10 +119,12 @@ class Manifest(Message):
 
 
 class DataReport(Message):
-    """How a site stands with its leases: it wants `ahead` shards that it has not trained to their ends. `holding` are
-    those that it is training or will, `finished` those that it has, and that are not all in the model yet."""
+    """How a site stands with its leases: it wants `ahead` shards that it has not trained to their ends, and cannot do
+    with less than `least`. `holding` are those that it is training or will, `finished` those that it has, and that are
+    not all in the model yet."""
 
     ahead: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
+    least: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
     holding: Annotated[list[Key], Field(max_length=MOST_LEASES)]
     finished: Annotated[list[Key], Field(max_length=MOST_LEASES)]
 

@@ -33,7 +33,7 @@ from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
 MAGIC = b"ISTHMUS\x01"
 _PREFIX = struct.Struct("<8sI")
 _LONGEST_COUNT = 10**15
-MOST_PROGRESS = 128
+MOST_PROGRESS = 1 << 12
 
 Count = Annotated[int, Field(ge=0, le=_LONGEST_COUNT)]
 

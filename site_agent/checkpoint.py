@@ -33,9 +33,16 @@ KEPT = 2
 
 
 def save(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], disk: Disk = DISK
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    disk: Disk = DISK,
+    *,
+    alone: bool = False,
 ) -> None:
-    """Writes the checkpoint of `step` durably and drops all but the last two. Raises OSError."""
+    """Writes the checkpoint of `step` durably and drops all but the last two; all others, where it is to be `alone`.
+    Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(".step-*"):
         disk.remove(leftover)
@@ -55,7 +62,8 @@ def save(
     disk.sync_directory(beside)
     disk.rename(beside, final)
     disk.sync_directory(directory)
-    for old in sorted(directory.glob("step-*"))[:-KEPT]:
+    others = [path for path in sorted(directory.glob("step-*")) if path != final]
+    for old in others if alone else others[: 1 - KEPT]:
         disk.remove(old)
 
 
@@ -81,12 +89,6 @@ def load_newest(directory: Path, run: str, lineage: str) -> tuple[dict[str, Tens
             )
         return tensors, manifest
     return None
-
-
-def forget(directory: Path, disk: Disk = DISK) -> None:
-    """Removes all checkpoints: they are of no use any more. Raises OSError."""
-    for path in directory.glob("step-*"):
-        disk.remove(path)
 
 
 def oldest_record(directory: Path) -> int:

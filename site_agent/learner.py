@@ -142,6 +142,7 @@ class Learner:
         self._streams, self._evaluator, self._clock = streams, evaluator, clock
         self._orders, self._at_join, self._step_seconds = joined.orders, joined.fragments, calibrated
         self._saving: Future[bool] | None = None
+        self._alone = False
         self._outbox = Outbox(place.directory / "outbox", place.disk)
         self._replays = Replays()
         self._numbers: dict[int, int] = {}
@@ -188,7 +189,7 @@ class Learner:
         versions it has seen, no longer holds. Its inner optimizer and its place in the data do."""
         log.warning("the run was restored as it was earlier, as %s; going on from its versions", self.run_id)
         self.trainer.load_state(tensors, manifest["optimizer"])
-        checkpoint.forget(self.place.directory, self.place.disk)
+        self._alone = True  # the checkpoints of before go once the first of now is there
         self._begin(newest, manifest)
 
     def _begin(self, anchors: list[Anchor], before: Mapping[str, Any] | None = None) -> None:
@@ -203,7 +204,8 @@ class Learner:
         self.core.tempo.stepped(self._step_seconds)
         self.core.told(self._orders.tokens, self._orders.peers)
         self.stream = self._stream_of(self._orders)
-        if before is not None:
+        if before is not None and self._leased is None:
+            # (What of leased data is in the restored model, the coordinator knows.)
             self._go_on_in_the_data(before)
         self._outbox.prune(sys.maxsize)
         for p, anchor in enumerate(anchors):
@@ -499,7 +501,8 @@ class Learner:
     def _save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> bool:
         """Training goes on without it where the disk refuses."""
         try:
-            checkpoint.save(self.place.directory, step, tensors, manifest, self.place.disk)
+            checkpoint.save(self.place.directory, step, tensors, manifest, self.place.disk, alone=self._alone)
+            self._alone = False
             self._outbox.prune(checkpoint.oldest_record(self.place.directory))
         except OSError as error:
             log.error("no checkpoint could be written to %s: %s", self.place.directory, error)

@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from shared.errors import FaultError, FormatError, RefusedError
@@ -99,7 +100,8 @@ class Link:
         message = Join(protocol=PROTOCOL, site=self._site, software=software)
         body = await self._ask(Request("POST", "/v1/join", body=pack(message), control=True), patience)
         joined = _understood(Joined, body, 64 << 20)
-        self.run = joined.run
+        # Once: whoever joins again compares, and must not be overtaken by requests that name another run.
+        self.run = self.run or joined.run
         return joined
 
     async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
@@ -128,10 +130,11 @@ class Link:
     async def contribute(self, opening: OpenUpload, body: bytes) -> Outcome:
         """Uploads a contribution, in one request or in parallel parts, and returns what became of it."""
         while True:
-            announced = pack(self._with_body(opening, body))
-            request = Request("POST", "/v1/contributions", body=announced)
+            announcement = self._with_body(opening, body)
+            request = Request("POST", "/v1/contributions", body=pack(announcement))
             try:
-                upload = _understood(Upload, await self._ask(request, broke=self.pace.broke))
+                cut = partial(self.pace.broke, len(announcement.body or b""))
+                upload = _understood(Upload, await self._ask(request, broke=cut))
                 if upload.outcome is not None:
                     return upload.outcome
                 return await self._send_parts(upload, body)
@@ -160,7 +163,7 @@ class Link:
                 part = body[n * size : (n + 1) * size]
                 request = Request("PUT", f"{path}/parts/{n}", {"part_size": str(size)}, part)
                 try:
-                    await self._ask(request, broke=self.pace.broke)
+                    await self._ask(request, broke=partial(self.pace.broke, len(part)))
                 except BaseException:
                     missing.clear()
                     raise

@@ -433,7 +433,8 @@ class Journal:
 
     def back_up(self, path: Path) -> None:
         """A copy of the journal as it is now, in one file; others may write meanwhile. Raises OSError."""
-        with self._reading():
+        try:
+            # Connections of its own: nobody who writes waits for it.
             source = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)
             target = sqlite3.connect(path)
             try:
@@ -442,6 +443,8 @@ class Journal:
             finally:
                 source.close()
                 target.close()
+        except sqlite3.Error as error:
+            raise OSError(f"journal {self.path} cannot be copied: {error}") from error
 
     def restored(self, run: str, lineage: str, checkpoints: Mapping[int, int]) -> None:
         """This journal came from a mirror: the run has another name from now on, its agents have to join again, and of

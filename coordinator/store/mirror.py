@@ -29,6 +29,7 @@ from coordinator.store.files import file_digest
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from shared.errors import ConfigError, CorruptError, FaultError
+from shared.files import DISK
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class Pass:
     files: dict[str, int]
 
     def to_json(self) -> str:
-        facts = {"format": FORMAT, **self.__dict__}
+        # (JSON's keys are text, and the seal goes by their order.)
+        facts = json.loads(json.dumps({"format": FORMAT, **self.__dict__}))
         return json.dumps({"mirror": facts, "seal": _seal(facts)}, indent=1)
 
     @classmethod
@@ -145,7 +147,7 @@ class Mirror:
         backup = self._staging / "journal.sqlite"
         self._store.journal.back_up(backup)
         versions = {}
-        journal = Journal(backup, read_only=True)
+        journal = Journal(backup, read_only=True, checked=True)
         try:
             for fragment in self._store.layout.fragments:
                 entry = self._checkpoints.entries(fragment.index)[0]
@@ -179,15 +181,23 @@ class Mirror:
             raise OSError(f"{short} did not arrive whole at {place.url}")
         digest = file_digest(journal)
         done = Pass(run, self._store.lineage, number, at, tokens, versions, backup, digest, files)
-        place.write(f"{run}/{_list_name(number)}", done.to_json().encode())
-        self._tidy(written)
+        name = f"{run}/{_list_name(number)}"
+        place.write(name, done.to_json().encode())
+        if Pass.from_json(place.read(name)) != done:
+            raise OSError(f"{name} did not arrive whole at {place.url}")
+        self._tidy(written, done)
         shutil.rmtree(self._staging, ignore_errors=True)
         return done
 
-    def _tidy(self, there: Mapping[str, int]) -> None:
-        """Removes what no kept pass names."""
+    def _tidy(self, there: Mapping[str, int], done: Pass) -> None:
+        """Removes what no kept pass names, with `done` the newest. Nothing, where a list cannot be read: it may name
+        what is needed."""
         run = self._store.run_id
-        passes = sorted((each for _, each in _passes(self._place, run)), key=lambda each: each.number)[-KEPT:]
+        found = [each for _, each in _passes(self._place, run)]
+        lists = [name for name in (*there, f"{run}/{_list_name(done.number)}") if _is_list(name)]
+        if len(found) != len(set(lists)):
+            return
+        passes = sorted(found, key=lambda each: each.number)[-KEPT:]
         kept = {f"{run}/{name}" for each in passes for name in (*each.files, _list_name(each.number))}
         for name in there.keys() - kept:
             with suppress(FileNotFoundError):
@@ -239,6 +249,7 @@ def restore(url: str, path: Path, check: Callable[[Path], list[str]]) -> Restore
             if path.exists():
                 path.rmdir()
             beside.rename(path)
+            DISK.sync_directory(path.resolve().parent)
             return restored
     except (OSError, ValueError) as error:
         raise FaultError(f"{url} cannot be read: {error}") from error
@@ -290,11 +301,15 @@ def _newest_first(place: Place) -> list[tuple[str, Pass]]:
 def _passes(place: Place, under: str) -> Iterator[tuple[str, Pass]]:
     """Those whose lists can be read, with the directories that these lie in."""
     for name in place.files(under):
-        if name.endswith(".json") and _number(name) is not None:
+        if _is_list(name):
             try:
                 yield name.rpartition("/")[0], Pass.from_json(place.read(name))
             except (ValueError, KeyError, TypeError) as error:
                 log.warning("%s/%s cannot be read: %s", place.url, name, error)
+
+
+def _is_list(name: str) -> bool:
+    return name.endswith(".json") and _number(name) is not None
 
 
 def _list_name(number: int) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from coordinator.core.run import SiteActive
 from coordinator.service import Coordinator
 from coordinator.verify import verify
-from lab.simulator.counting import PLACES, Stride
+from lab.simulator.counting import Stride
+from lab.simulator.model import PLACES
 from shared.config import RunConfig
 from shared.fragments import F32
 from shared.wire import open_container

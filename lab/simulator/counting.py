@@ -1,4 +1,4 @@
-"""What is trained in a simulation: vectors that count.
+"""How a simulation trains: steps that can be counted.
 
 Inner step k of a site adds about one to place k mod `PLACES` of every fragment's pseudo-gradient. So what a site has
 delivered, plus what it still holds, can be compared with the steps that it took, place by place: a step that was lost
@@ -14,39 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lab.simulator.model import PLACES, TOKENS
 from shared.files import Disk
 from shared.fragments import F32
-from shared.task import Manifest, Shard, Task
+from shared.task import Manifest
 from site_agent.training.leased import LeasedStream
 
-PLACES = 64
-TOKENS = 8
-"""Of each inner step."""
 LEASED = Manifest("0" * 32, (6, 4, 7, 5))
-
-
-class Model(nn.Module):
-    def __init__(self, fragments: int) -> None:
-        super().__init__()
-        self.parts = nn.ParameterList([nn.Parameter(torch.zeros(PLACES)) for _ in range(fragments)])
-
-
-class Counting(Task):
-    """The task as the coordinator builds it."""
-
-    def build_model(self) -> nn.Module:
-        return Model(int(self.options["fragments"]))
-
-    def train_batches(self, shard: Shard, batch_size: int) -> Steps:
-        return Steps()
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        raise NotImplementedError("a simulation's trainer takes its steps without a loss")
-
-    def sequence_tokens(self) -> int:
-        return TOKENS
 
 
 class Stride:

@@ -11,7 +11,7 @@ from lab.simulator.network import Weather
 from lab.simulator.world import Fault, Schedule
 from shared.config import RunConfig, parse
 
-COUNTING = Path(__file__).with_name("counting.py")
+COUNTING = Path(__file__).with_name("model.py")
 STEPS = 3
 """H"""
 TOKENS_PER_STEP = 8
@@ -22,7 +22,7 @@ FOR_EVER = 1e6
 def schedule_of(seed: int) -> Schedule:
     """A run and its faults, all from `seed`."""
     rng = random.Random(f"schedule {seed}")
-    sites = tuple("abc"[: rng.choice((2, 2, 2, 3))])
+    sites = tuple("abc"[: rng.choice((2, 2, 2, 2, 3))])
     config = _config(rng, len(sites))
     pace = {site: rng.choice((0.2, 0.5, 1.0, 2.0)) for site in sites}
     weather = {site: _weather(rng) for site in sites}
@@ -43,14 +43,14 @@ def schedule_of(seed: int) -> Schedule:
         faults=tuple(faults),
         repeats=repeats,
         lease_seconds=FOR_EVER if repeats else LEASE_SECONDS,
-        checkpoint_seconds=rng.choice((3.0, 12.0, 1000.0)),
+        checkpoint_seconds=rng.choice((4.0, 15.0, 1000.0)),
         in_parts=rng.random() < 0.2,
         leased=rng.random() < 0.25,
     )
 
 
 def _config(rng: random.Random, sites: int) -> RunConfig:
-    fragments, cycles = rng.choice((1, 1, 2)), rng.choice((1, 1, 2, 3))
+    fragments, cycles = rng.choice((1, 1, 1, 2)), rng.choice((1, 1, 2, 3))
     quorum: str | int = rng.choice(("all", "all", 1, 1, 2))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
     rounds: dict[str, Any] = {

@@ -35,9 +35,14 @@ class UploadPace:
             elif self.part_bytes < PART_BYTES:
                 self.part_bytes *= 2
 
-    def broke(self, seconds: float) -> bool:
-        """A part was cut off after `seconds`. Whether smaller parts, or fewer at a time, may get through."""
-        if seconds < AIM_SECONDS / 2 or (self.part_bytes == SMALLEST_PART_BYTES and self.lanes == 1):
+    def broke(self, size: int, seconds: float) -> bool:
+        """A part of `size` bytes was cut off after `seconds`. Whether smaller parts, or fewer at a time, may get
+        through. (Those that were cut with it are larger than parts are by then: they change nothing more.)"""
+        if seconds < AIM_SECONDS / 2:
+            return False
+        if size > self.part_bytes:
+            return True
+        if self.part_bytes == SMALLEST_PART_BYTES and self.lanes == 1:
             return False
         self.part_bytes = max(SMALLEST_PART_BYTES, self.part_bytes // 4)
         self.lanes = max(1, self.lanes // 2)

@@ -29,8 +29,9 @@ from shared.errors import ConfigError
 from shared.task import Manifest, Shard
 
 SUFFIXES = (".txt", ".md")
-MOST_SHARDS = 4096
-"""A long text is leased in shards of several blocks."""
+MOST_SHARDS, LEAST_WINDOWS = 1024, 64
+"""A text is leased in shards of several blocks where it is long, or its blocks hold few windows: what a site trains in
+a cycle should be few shards."""
 LEAST_BLOCKS = 64
 """A small text is cut into at least so many blocks, so that it still splits among several sites."""
 
@@ -97,8 +98,9 @@ class Text:
     @cached_property
     def shards(self) -> list[Ints]:
         """The training windows as they are leased, block by block: starts of each shard's, (W,) int64."""
-        blocks = len(self.train.starts)
-        bounds = np.arange(min(blocks, MOST_SHARDS) + 1) * blocks // min(blocks, MOST_SHARDS)
+        blocks, windows = len(self.train.starts), len(self.train.windows(self.window, 0))
+        count = min(blocks, MOST_SHARDS, max(1, windows // LEAST_WINDOWS))
+        bounds = np.arange(count + 1) * blocks // count
         cut = [slice(first, last) for first, last in itertools.pairwise(bounds)]
         return [self.train.pick(which).windows(self.window, 0) for which in cut]
 

@@ -62,6 +62,8 @@ class LeasedStream:
 
     def __init__(self, task: Any, manifest: Manifest, batch_size: int, seed: int, directory: Path, disk: Disk = DISK):
         self.sizes, self.ahead = list(manifest.sizes), 2
+        # So many shards hold a batch, whichever they are and however little of the first is left.
+        self.least = min(MOST_AHEAD, 1 + math.ceil(batch_size / min(self.sizes)))
         self._task, self._batch_size, self._seed = task, batch_size, seed
         self._directory, self._disk = directory, disk
         self._leases: list[Lease] = []
@@ -104,7 +106,9 @@ class LeasedStream:
 
     def report(self) -> DataReport:
         finished = [lease.key for lease in self._finished[-MOST_LEASES:]]
-        return DataReport(ahead=self.ahead, holding=[lease.key for lease in self._leases], finished=finished)
+        return DataReport(
+            ahead=self.ahead, least=self.least, holding=[lease.key for lease in self._leases], finished=finished
+        )
 
     def obey(self, orders: DataOrders) -> None:
         """Takes up new leases, gives up those that are another's, and forgets those that are done."""
@@ -142,7 +146,10 @@ class LeasedStream:
         """Continues from a checkpoint, with the leases that came after it as they were written down."""
         self._leases = [Lease(**lease) for lease in state["leases"]]
         self._finished = [Lease(**lease) for lease in state["finished"]]
-        self._leases += [replace(lease) for lease in self._known if lease.number >= state["next_number"]]
+        # A shard that was given up and leased again is what it was leased as last.
+        later = {lease.key: replace(lease) for lease in self._known if lease.number >= state["next_number"]}
+        self._leases = [lease for lease in self._leases if lease.key not in later] + list(later.values())
+        self._finished = [lease for lease in self._finished if lease.key not in later]
         self._next_number = max(self._next_number, state["next_number"])
 
     def _remember(self, new: Sequence[Lease]) -> None:

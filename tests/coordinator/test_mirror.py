@@ -110,6 +110,12 @@ def test_a_restored_run_trains_to_its_end_and_is_mirrored_again(killed: Path, tm
     assert recovered(tmp_path / "newer") == recovered(tmp_path / "new")
 
 
+def test_a_list_of_many_fragments_is_read_as_it_was_written() -> None:
+    """JSON's keys are text: 10 comes before 2."""
+    written = Pass("r.2", "r.1", 7, 1.5, 40, {p: p + 3 for p in range(12)}, "journal", "ab", {"journal": 9})
+    assert Pass.from_json(written.to_json().encode()) == written
+
+
 def test_the_sites_tokens_come_along(killed: Path, tmp_path: Path) -> None:
     url, state = memory(), copied(killed, tmp_path)
     store = StateDir(state)
@@ -326,7 +332,7 @@ async def test_a_stop_does_not_wait_for_a_far_away_disk(tmp_path: Path, monkeypa
     monkeypatch.setattr(Place, "put", cancelled_later)
     coordinator = await Coordinator.open(mirroring_config(memory()), tmp_path / "state", tmp_path)
     mirroring: Mirroring = coordinator._mirroring
-    await mirroring.begin(0)
+    mirroring.begin(0)
     await asking.wait()
     await coordinator.stop()
     assert mirroring._under_way is None or mirroring._under_way.done()

@@ -22,8 +22,8 @@ async def describe(site: Any, **changed: Any) -> Any:
     return await site.ask("PUT", f"/v1/sites/{site.name}/manifest", manifest(site.fleet, **changed))
 
 
-def wanting(ahead: int, holding: Any = (), finished: Any = ()) -> DataReport:
-    return DataReport(ahead=ahead, holding=list(holding), finished=list(finished))
+def wanting(ahead: int, holding: Any = (), finished: Any = (), least: int = 0) -> DataReport:
+    return DataReport(ahead=ahead, least=least, holding=list(holding), finished=list(finished))
 
 
 async def leased(site: Any, report: DataReport) -> list[ShardLease]:
@@ -161,3 +161,4 @@ async def test_nobody_hoards(serve: Any, tmp_path: Path) -> None:
     eu, _ = await fleet.trains("eu", "us")
     await describe(eu, sizes=[4] * 80)
     assert len(await leased(eu, wanting(64))) == 10, "a quarter of its part"
+    assert len(await leased(eu, wanting(64, least=30))) == 30, "what it takes to train a batch"

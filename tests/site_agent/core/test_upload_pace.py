@@ -43,8 +43,17 @@ def test_the_short_end_of_an_upload_says_nothing_of_the_link() -> None:
 
 def test_what_breaks_after_a_while_goes_in_smaller_parts_until_there_are_none() -> None:
     pace = UploadPace()
-    assert not pace.broke(0.1), "no connection is not a slow one"
+    assert not pace.broke(FIRST_BYTES, 0.1), "no connection is not a slow one"
     shapes = []
-    while pace.broke(60.0):
+    while pace.broke(pace.part_bytes, 60.0):
         shapes.append((pace.part_bytes, pace.lanes))
     assert shapes == [(FIRST_BYTES // 4, 2), (SMALLEST_PART_BYTES, 1)]
+
+
+def test_all_lanes_that_are_cut_at_once_are_one_cut() -> None:
+    """And none keeps a part that is larger than what gets through."""
+    pace = UploadPace()
+    assert [pace.broke(FIRST_BYTES, 60.0) for _ in range(4)] == [True] * 4
+    assert (pace.part_bytes, pace.lanes) == (FIRST_BYTES // 4, 2)
+    pace.part_bytes, pace.lanes = SMALLEST_PART_BYTES, 1
+    assert pace.broke(FIRST_BYTES, 60.0)

@@ -137,4 +137,23 @@ def test_it_wants_what_it_trains_in_the_time_and_at_least_a_batch(tmp_path: Path
     data.want(100)
     assert data.ahead == 1 + 15
     data.want(10**9)
-    assert data.ahead == 64
+    assert data.ahead == 1024
+
+
+def test_it_says_how_many_shards_a_batch_may_need(tmp_path: Path) -> None:
+    """However small they are: a site with less than that could never train."""
+    data = LeasedStream(Recording(), Manifest("0" * 32, [3, 5, 4] * 10), 16, 7, tmp_path)
+    assert data.report().least == 1 + 6
+    data.obey(orders(*((0, shard, 0) for shard in range(7))))
+    assert data.ready
+
+
+def test_a_shard_that_was_given_up_and_leased_again_is_trained_once(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    saved = data.state_dict()
+    data.obey(orders((0, 2, 0)))
+    data.obey(orders(withdrawn=((0, 2),)))
+    data.obey(orders((0, 2, 6)))
+    again = stream(tmp_path)
+    again.load_state_dict(saved)
+    assert again.progress() == [(0, 2, 6)]
