@@ -10,15 +10,19 @@ from shared.errors import CorruptError
 from shared.files import DISK, Disk
 
 
-def tree_bytes(directory: Path) -> int:
+def tree_bytes(directory: Path | str) -> int:
     """Bytes of all files below `directory`; files that vanish meanwhile do not count."""
     total = 0
-    for root, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += (Path(root) / name).lstat().st_size
-            except FileNotFoundError:
-                continue
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                try:
+                    inside = entry.is_dir(follow_symlinks=False)
+                    total += tree_bytes(entry.path) if inside else entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     return total
 
 

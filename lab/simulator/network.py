@@ -23,7 +23,7 @@ from shared.protocol import SITE_HEADER
 from site_agent.transport import Reply, Request, TransientError, Transport
 
 QUIET_SECONDS = 15.0
-LEAST_SECONDS, PIECE_SECONDS = 0.01, 0.3
+LEAST_SECONDS, PIECE_SECONDS = 0.01, 1.0
 """What takes less time on its way takes none; what takes longer arrives in pieces."""
 _FRAGMENT = r"/v1/fragments/(?P<fragment>[0-9]{1,9})/versions/(?P<version>[0-9]{1,15})"
 _ROUTES = [

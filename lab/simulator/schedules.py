@@ -22,7 +22,7 @@ FOR_EVER = 1e6
 def schedule_of(seed: int) -> Schedule:
     """A run and its faults, all from `seed`."""
     rng = random.Random(f"schedule {seed}")
-    sites = tuple("abc"[: rng.choice((2, 2, 2, 2, 3))])
+    sites = tuple("abc"[: rng.choices((1, 2, 3), (2, 5, 1))[0]])
     config = _config(rng, len(sites))
     pace = {site: rng.choice((0.2, 0.5, 1.0, 2.0)) for site in sites}
     weather = {site: _weather(rng) for site in sites}
@@ -45,13 +45,13 @@ def schedule_of(seed: int) -> Schedule:
         lease_seconds=FOR_EVER if repeats else LEASE_SECONDS,
         checkpoint_seconds=rng.choice((4.0, 15.0, 1000.0)),
         in_parts=rng.random() < 0.2,
-        leased=rng.random() < 0.25,
+        leased=rng.random() < 0.2,
     )
 
 
 def _config(rng: random.Random, sites: int) -> RunConfig:
-    fragments, cycles = rng.choice((1, 1, 1, 2)), rng.choice((1, 1, 2, 3))
-    quorum: str | int = rng.choice(("all", "all", 1, 1, 2))
+    fragments, cycles = rng.choices((1, 2), (7, 1))[0], rng.choices((1, 2, 3), (7, 3, 1))[0]
+    quorum: str | int = rng.choice(("all", "all", 1, 1, min(2, sites)))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
     rounds: dict[str, Any] = {
         "fragments": fragments,
@@ -64,8 +64,8 @@ def _config(rng: random.Random, sites: int) -> RunConfig:
     if quorum != "all":
         rounds["grace_seconds"] = rng.choice(("auto", 0.0, 3.0))
     if quorum == "all" or rounds["grace_seconds"] != 0.0:
-        rounds["deadline_seconds"] = rng.choice((20.0, 600.0))
-    if quorum == "all" and isinstance(overlap, int) and rng.random() < 0.7:
+        rounds["deadline_seconds"] = rng.choice((20.0, 20.0, 20.0, 600.0))
+    if quorum == "all" and isinstance(overlap, int) and rng.random() < 0.5:
         rounds |= {"deadline_seconds": FOR_EVER, "pacing": "equal-steps"}
     outer: dict[str, Any] = {"momentum": rng.choice((0.0, 0.5)), "partial": rng.choice(("share", "full"))}
     tables: dict[str, dict[str, Any]] = {

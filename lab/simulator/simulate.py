@@ -157,6 +157,7 @@ def prepare() -> None:
     codecs.warm_up()
     step.warm_up()
     logging.disable(logging.CRITICAL)
+    run_schedule(0)  # loads what is loaded when it is needed, so that no collection looks at it again
     gc.collect()
     gc.freeze()
 
