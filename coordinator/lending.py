@@ -56,7 +56,6 @@ class Lending:
         then."""
         if report is None or self.leases is None:
             return None
-        holding = [*report.holding, *report.finished]
         # Nobody takes much more than a part of what there is in advance: a site that dies with it holds it up.
         share = max(2, len(self.leases.sizes) // (4 * max(1, sites)))
         ahead = max(report.least, min(report.ahead, share))
@@ -65,8 +64,12 @@ class Lending:
                 await self._workers.write(self._journal.lease, change)
                 self.leases.make(change)
         return DataOrders(
-            leases=[ShardLease(epoch=e.epoch, shard=e.shard, start=e.position) for e in self.leases.held_by(site)],
-            withdrawn=self.leases.withdrawn(site, holding),
+            next_number=self.leases.dealt.next_number,
+            leases=[
+                ShardLease(number=e.number, epoch=e.epoch, shard=e.shard, start=e.position)
+                for e in self.leases.held_by(site)
+            ],
+            withdrawn=self.leases.withdrawn([*report.holding, *report.finished]),
         )
 
     def document(self) -> dict[str, Any] | None:
@@ -74,9 +77,9 @@ class Lending:
         if (leases := self.leases) is None:
             return None
         return {
-            "epoch": leases.epoch,
+            "epoch": leases.dealt.epoch,
             "shards": len(leases.sizes),
-            "dealt": leases.dealt,
+            "dealt": leases.dealt.shards,
             "leased": sum(entry.site is not None for entry in leases.entries.values()),
             "came_back": sum(entry.site is None for entry in leases.entries.values()),
         }

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.config import SITE_NAME
 from shared.errors import FormatError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
@@ -106,7 +106,6 @@ class AwaitedRound(Message):
     version: Count
 
 
-Key = Annotated[tuple[Count, Count], Field(strict=False)]
 """(epoch, shard); msgpack has lists only."""
 
 
@@ -120,29 +119,32 @@ class Manifest(Message):
 
 class DataReport(Message):
     """How a site stands with its leases: it wants `ahead` shards that it has not trained to their ends, and cannot do
-    with less than `least`. `holding` are those that it is training or will, `finished` those that it has, and that are
-    not all in the model yet."""
+    with less than `least`. `holding` are the numbers of those that it is training or will, `finished` of those that it
+    has, and that are not all in the model yet."""
 
     ahead: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
     least: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
-    holding: Annotated[list[Key], Field(max_length=MOST_LEASES)]
-    finished: Annotated[list[Key], Field(max_length=MOST_LEASES)]
+    holding: Annotated[list[Count], Field(max_length=MOST_LEASES)]
+    finished: Annotated[list[Count], Field(max_length=MOST_LEASES)]
 
 
 class ShardLease(Message):
-    """The site trains this shard in this epoch, from sequence `start` on."""
+    """The site trains this shard in this epoch, from sequence `start` on. No other lease has this `number`, and later
+    ones have higher ones."""
 
+    number: Count
     epoch: Count
     shard: Count
     start: Count
 
 
 class DataOrders(Message):
-    """All leases of the site, in the order in which it got them; and which of those that it named are not its own any
-    more."""
+    """All leases of the site below `next_number`, in the order in which it got them; and the numbers of those that it
+    named and that are not its own any more."""
 
+    next_number: Count
     leases: list[ShardLease]
-    withdrawn: list[Key]
+    withdrawn: list[Count]
 
 
 class Orders(Message):

@@ -204,8 +204,9 @@ class Learner:
         self.core.tempo.stepped(self._step_seconds)
         self.core.told(self._orders.tokens, self._orders.peers)
         self.stream = self._stream_of(self._orders)
-        if before is not None and self._leased is None:
-            # (What of leased data is in the restored model, the coordinator knows.)
+        if (leased := self._leased) is not None:
+            leased.begin()  # what of leased data is in the model, the coordinator knows
+        elif before is not None:
             self._go_on_in_the_data(before)
         self._outbox.prune(sys.maxsize)
         for p, anchor in enumerate(anchors):

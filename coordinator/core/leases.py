@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 Key = tuple[int, int]
 """(epoch, shard)"""
+RETURNED = 1000
+"""Of so many leases that came back it is known that they did, in case their site does as well."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A shard that is not fully trained in its epoch, and was leased before. `site` None: it came back.
 
-    `number` orders the leases of a site; `positions` are sequences, one for each fragment.
+    `number` is the lease's own, and higher than those of all before; `positions` are sequences, one for each fragment.
     """
 
     epoch: int
@@ -43,14 +45,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Change:
-    """Entries as they become (`done`: these are fully trained, and no entry is kept), and how far the shards that were
-    never leased have been dealt out: `dealt` of the shards of `epoch`."""
+class Dealt:
+    """How far the shards have been dealt out: `shards` of those of `epoch`, in leases below `next_number`; and the
+    numbers of those that came back last."""
 
+    epoch: int = 0
+    shards: int = 0
+    next_number: int = 0
+    returned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Entries as they become; `done`: these are fully trained, and no entry is kept."""
+
+    dealt: Dealt
     entries: tuple[Entry, ...]
-    done: tuple[Key, ...]
-    epoch: int
-    dealt: int
+    done: tuple[Key, ...] = field(default=())
 
 
 class Leases:
@@ -59,41 +70,41 @@ class Leases:
     def __init__(self, sizes: Sequence[int], fragments: int, seed: int) -> None:
         self.sizes, self.fragments, self.seed = list(sizes), fragments, seed
         self.entries: dict[Key, Entry] = {}
-        self.epoch, self.dealt, self.next_number = 0, 0, 0
-        self._order = self._shuffled(0)
+        self.dealt = Dealt()
 
-    def restore(self, entries: Iterable[Entry], epoch: int, dealt: int) -> None:
+    def restore(self, entries: Iterable[Entry], dealt: Dealt) -> None:
         """As the journal has it."""
-        self.entries = {entry.key: entry for entry in entries}
-        self.next_number = max((entry.number + 1 for entry in self.entries.values()), default=0)
-        self.epoch, self.dealt, self._order = epoch, dealt, self._shuffled(epoch)
+        self.entries, self.dealt = {entry.key: entry for entry in entries}, dealt
 
     def held_by(self, site: str) -> list[Entry]:
         """The site's leases in the order in which it got them."""
         return sorted((e for e in self.entries.values() if e.site == site), key=lambda e: e.number)
 
-    def withdrawn(self, site: str, holding: Iterable[Key]) -> list[Key]:
-        """Which of those that a site takes for its own are not, and are not done either."""
-        return [key for key in holding if key in self.entries and self.entries[key].site != site]
+    def withdrawn(self, holding: Iterable[int]) -> list[int]:
+        """Which of the leases that a site takes for its own came back. (A lease that is done has not: a site that was
+        killed may have to train it again, as it did.)"""
+        return [number for number in holding if number in self.dealt.returned]
 
     # -- plans
 
-    def plan_grants(self, site: str, ahead: int, finished: Iterable[Key]) -> Change | None:
-        """More shards for a site that wants `ahead` that it has not `finished` training; None where it has them."""
+    def plan_grants(self, site: str, ahead: int, finished: Iterable[int]) -> Change | None:
+        """More shards for a site that wants `ahead` that it has not `finished` training, by number; None where it has
+        them."""
         trained = set(finished)
-        missing = ahead - sum(entry.key not in trained for entry in self.held_by(site))
+        missing = ahead - sum(entry.number not in trained for entry in self.held_by(site))
         if missing <= 0:
             return None
         back = sorted(e.key for e in self.entries.values() if e.site is None)[:missing]
-        number, epoch, dealt, order = self.next_number, self.epoch, self.dealt, self._order
+        number, epoch, shards = self.dealt.next_number, self.dealt.epoch, self.dealt.shards
         granted = [replace(self.entries[key], site=site, number=number + n) for n, key in enumerate(back)]
+        order = self.order(epoch)
         while len(granted) < missing:
-            if dealt == len(order):
-                epoch, dealt = epoch + 1, 0
-                order = self._shuffled(epoch)
-            granted.append(Entry(epoch, order[dealt], number + len(granted), site, (0,) * self.fragments))
-            dealt += 1
-        return Change(tuple(granted), (), epoch, dealt)
+            if shards == len(order):
+                epoch, shards = epoch + 1, 0
+                order = self.order(epoch)
+            granted.append(Entry(epoch, order[shards], number + len(granted), site, (0,) * self.fragments))
+            shards += 1
+        return Change(Dealt(epoch, shards, number + missing, self.dealt.returned), tuple(granted))
 
     def plan_progress(self, site: str, fragment: int, progress: Iterable[tuple[int, int, int]]) -> Change | None:
         """An accepted contribution of the fragment holds (epoch, shard) up to a position; None where that is no news.
@@ -109,30 +120,28 @@ class Leases:
                 done.append(entry.key)
             else:
                 entries.append(replace(entry, positions=tuple(positions)))
-        return Change(tuple(entries), tuple(done), self.epoch, self.dealt) if entries or done else None
+        return Change(self.dealt, tuple(entries), tuple(done)) if entries or done else None
 
     def plan_return(self, sites: Iterable[str]) -> Change | None:
         """The shards of these sites come back, from where they are in the whole model; None where they have none."""
         gone = set(sites)
-        entries = [
-            replace(entry, site=None, positions=(entry.position,) * self.fragments)
-            for entry in self.entries.values()
-            if entry.site in gone
-        ]
-        return Change(tuple(entries), (), self.epoch, self.dealt) if entries else None
+        lost = [entry for entry in self.entries.values() if entry.site in gone]
+        if not lost:
+            return None
+        entries = tuple(replace(entry, site=None, positions=(entry.position,) * self.fragments) for entry in lost)
+        returned = (*self.dealt.returned, *sorted(entry.number for entry in lost))[-RETURNED:]
+        return Change(replace(self.dealt, returned=returned), entries)
 
     def make(self, change: Change) -> None:
         """A planned change, once it is written."""
         for entry in change.entries:
             self.entries[entry.key] = entry
-            self.next_number = max(self.next_number, entry.number + 1)
         for key in change.done:
             del self.entries[key]
-        if change.epoch != self.epoch:
-            self._order = self._shuffled(change.epoch)
-        self.epoch, self.dealt = change.epoch, change.dealt
+        self.dealt = change.dealt
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> list[int]:
+        """In which the shards of an epoch are dealt out."""
         order = list(range(len(self.sizes)))
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from coordinator.core.leases import Change, Entry
+from coordinator.core.leases import Change, Dealt, Entry
 from coordinator.core.rounds import Contribution
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import Digests, Stepped
@@ -332,23 +332,23 @@ class Journal:
         return digest, sizes
 
     def put_manifest(self, digest: str, sizes: Sequence[int]) -> None:
-        self.set_meta(manifest=json.dumps([digest, list(sizes)]), dealt="[0, 0]")
+        self.set_meta(manifest=json.dumps([digest, list(sizes)]), dealt=json.dumps(astuple(Dealt())))
 
     def lease(self, change: Change) -> None:
         """Shards are leased, or came back."""
         with self._transaction("lease"):
             self._write_leases(change)
 
-    def leases(self) -> tuple[list[Entry], int, int]:
-        """The entries, and how far the shards are dealt out: epoch, and how many of it."""
+    def leases(self) -> tuple[list[Entry], Dealt]:
+        """The entries, and how far the shards are dealt out."""
         with self._reading():
             rows = self._db.execute("SELECT * FROM leases ORDER BY epoch, shard").fetchall()
         entries = [
             Entry(row["epoch"], row["shard"], row["number"], row["site"], tuple(json.loads(row["positions"])))
             for row in rows
         ]
-        epoch, dealt = json.loads(self.meta("dealt") or "[0, 0]")
-        return entries, epoch, dealt
+        epoch, shards, next_number, returned = json.loads(self.meta("dealt") or json.dumps(astuple(Dealt())))
+        return entries, Dealt(epoch, shards, next_number, tuple(returned))
 
     def _write_leases(self, change: Change) -> None:
         self._db.executemany(
@@ -360,7 +360,7 @@ class Journal:
         )
         done = [(f"{epoch}/{shard}",) for epoch, shard in change.done]
         self._db.executemany("DELETE FROM leases WHERE key = ?", done)
-        self._put_meta("dealt", json.dumps([change.epoch, change.dealt]))
+        self._put_meta("dealt", json.dumps(astuple(change.dealt)))
 
     # -- evaluations
 

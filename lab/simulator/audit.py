@@ -227,9 +227,10 @@ class Auditor:
         for at, steps in self._trained.items():
             if len(steps) > 1 and not self.forgetful and at[:2] not in self._came_back:
                 raise Violation("a sequence is trained once an epoch", f"{at} by {sorted(steps)}")
-        for epoch in range(leases.epoch + 1):
-            order = leases._shuffled(epoch)
-            for shard in order[: leases.dealt] if epoch == leases.epoch else order:
+        dealt = leases.dealt
+        for epoch in range(dealt.epoch + 1):
+            order = leases.order(epoch)
+            for shard in order[: dealt.shards] if epoch == dealt.epoch else order:
                 entry = leases.entries.get((epoch, shard))
                 done = leases.sizes[shard] if entry is None else entry.position
                 for position in range(done):

@@ -29,6 +29,7 @@ from lab.simulator.network import Imagined, Routes, Weather, Wire
 from shared.config import RunConfig, received_run
 from shared.errors import FaultError, IsthmusError
 from shared.task import Shard
+from site_agent.core.site import SiteCore
 from site_agent.courier import Courier, Event
 from site_agent.learner import Hear, Learner, Place, Train
 from site_agent.link import Link
@@ -191,6 +192,10 @@ class CoordinatorProcess:
             disk.crash()
             world.later(5.0, self.start_if_down)
             return
+        except Exception as error:
+            if life is self.life:
+                world.failed(error)
+            return
         coordinator.tick_seconds = TICK_SECONDS
         coordinator.lending.away_seconds = AWAY_SECONDS
         coordinator.core.members.lease_seconds = world.schedule.lease_seconds
@@ -245,6 +250,11 @@ class SiteProcess:
         self.running.set()
         self.crash_in: int | None = None
         self.done = False
+
+    @property
+    def core(self) -> SiteCore | None:
+        """The decisions of an agent that has begun to train."""
+        return None if self.learner is None else getattr(self.learner, "core", None)
 
     def start(self) -> None:
         life = self.life = Life(self.name)
@@ -437,7 +447,7 @@ class World:
         coordinator = self.coordinator.coordinator
         versions = [] if coordinator is None else [f.version for f in coordinator.publication.newest]
         sites = {
-            name: "done" if site.done else "down" if site.learner is None else str(site.learner.core.steps)
+            name: "done" if site.done else str(core.steps) if (core := site.core) is not None else "down"
             for name, site in self.sites.items()
         }
         return f"versions {versions}, sites {sites}"

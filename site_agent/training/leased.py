@@ -30,7 +30,8 @@ NAME = "leases.json"
 
 @dataclass
 class Lease:
-    """A shard in an epoch at this site; `position` counts sequences of its order. `number` is the order of leases."""
+    """A shard in an epoch at this site; `position` counts sequences of its order. `number` is the lease's own, as the
+    coordinator gave it: later ones are higher."""
 
     number: int
     epoch: int
@@ -69,7 +70,7 @@ class LeasedStream:
         self._leases: list[Lease] = []
         self._finished: list[Lease] = []
         self._known = deque(self._written_down(), REMEMBERED)
-        self._next_number = max((lease.number + 1 for lease in self._known), default=0)
+        self._newest = -1
 
     # -- batches
 
@@ -105,28 +106,39 @@ class LeasedStream:
     # -- leases
 
     def report(self) -> DataReport:
-        finished = [lease.key for lease in self._finished[-MOST_LEASES:]]
+        finished = [lease.number for lease in self._finished[-MOST_LEASES:]]
         return DataReport(
-            ahead=self.ahead, least=self.least, holding=[lease.key for lease in self._leases], finished=finished
+            ahead=self.ahead, least=self.least, holding=[lease.number for lease in self._leases], finished=finished
         )
 
     def obey(self, orders: DataOrders) -> None:
-        """Takes up new leases, gives up those that are another's, and forgets those that are done."""
-        mine = {(lease.epoch, lease.shard) for lease in orders.leases}
-        known = {lease.key for lease in (*self._leases, *self._finished)}
+        """Takes up new leases, gives up those that are another's, and forgets those that are done. Orders may overtake
+        each other on their way: older ones change nothing."""
+        withdrawn = set(orders.withdrawn)
+        for lease in [lease for lease in self._leases if lease.number in withdrawn]:
+            log.warning("shard %d of epoch %d went to another site at sequence %d", *lease.key[::-1], lease.position)
+            self._leases.remove(lease)
+        listed = {lease.number for lease in orders.leases}
+        self._finished = [
+            lease for lease in self._finished if lease.number in listed or lease.number >= orders.next_number
+        ]
         new = [
-            Lease(self._next_number + n, lease.epoch, lease.shard, lease.start)
-            for n, lease in enumerate(each for each in orders.leases if (each.epoch, each.shard) not in known)
+            Lease(each.number, each.epoch, each.shard, each.start)
+            for each in orders.leases
+            if each.number > self._newest
         ]
         if new:
             self._remember(new)
-            self._next_number += len(new)
+            self._newest = max(lease.number for lease in new)
             self._leases += new
-        withdrawn = set(orders.withdrawn)
-        for lease in [lease for lease in self._leases if lease.key in withdrawn]:
-            log.warning("shard %d of epoch %d went to another site at sequence %d", *lease.key[::-1], lease.position)
-            self._leases.remove(lease)
-        self._finished = [lease for lease in self._finished if lease.key in mine]
+
+    def begin(self) -> None:
+        """There is nothing to go on with: what was written down before is of another time."""
+        self._known.clear()
+        try:
+            self._disk.remove(self._directory / NAME)
+        except OSError as error:
+            log.warning("%s cannot be removed (%s)", NAME, error)
 
     def progress(self) -> list[tuple[int, int, int]]:
         """(epoch, shard, position) of what is trained and not known to be all in the model."""
@@ -137,7 +149,7 @@ class LeasedStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "next_number": self._next_number,
+            "newest": self._newest,
             "leases": [asdict(lease) for lease in self._leases],
             "finished": [asdict(lease) for lease in self._finished],
         }
@@ -147,15 +159,16 @@ class LeasedStream:
         self._leases = [Lease(**lease) for lease in state["leases"]]
         self._finished = [Lease(**lease) for lease in state["finished"]]
         # A shard that was given up and leased again is what it was leased as last.
-        later = {lease.key: replace(lease) for lease in self._known if lease.number >= state["next_number"]}
+        later = {lease.key: replace(lease) for lease in self._known if lease.number > state["newest"]}
         self._leases = [lease for lease in self._leases if lease.key not in later] + list(later.values())
         self._finished = [lease for lease in self._finished if lease.key not in later]
-        self._next_number = max(self._next_number, state["next_number"])
+        self._newest = max([state["newest"], *(lease.number for lease in later.values())])
 
     def _remember(self, new: Sequence[Lease]) -> None:
         """Before they are used, and as they are now."""
         self._known.extend(replace(lease) for lease in new)
-        text = json.dumps([asdict(lease) for lease in self._known])
+        leases = json.dumps([asdict(lease) for lease in self._known])
+        text = f"{sha256(leases.encode()).hexdigest()}\n{leases}\n"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._disk.put(self._directory / NAME, lambda beside: _write_text(beside, text))
@@ -164,7 +177,10 @@ class LeasedStream:
 
     def _written_down(self) -> list[Lease]:
         try:
-            return [Lease(**each) for each in json.loads((self._directory / NAME).read_text(encoding="utf-8"))]
+            seal, _, leases = (self._directory / NAME).read_text(encoding="utf-8").rstrip("\n").partition("\n")
+            if seal != sha256(leases.encode()).hexdigest():
+                raise ValueError("it is damaged")
+            return [Lease(**each) for each in json.loads(leases)]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ def leases(fragments: int = 2) -> Leases:
     return Leases(SIZES, fragments, seed=3)
 
 
-def grant(book: Leases, site: str, ahead: int, finished: tuple[tuple[int, int], ...] = ()) -> list[Entry]:
+def grant(book: Leases, site: str, ahead: int, finished: tuple[int, ...] = ()) -> list[Entry]:
     change = book.plan_grants(site, ahead, finished)
     if change is None:
         return []
@@ -46,7 +46,7 @@ def test_asking_again_is_the_same_answer() -> None:
     book = leases()
     assert len(grant(book, "a", 2)) == 2
     assert grant(book, "a", 2) == []
-    first = book.held_by("a")[0].key
+    first = book.held_by("a")[0].number
     assert len(grant(book, "a", 2, (first,))) == 1, "one is trained to its end, so one more"
     assert grant(book, "a", 2, (first,)) == []
 
@@ -78,8 +78,30 @@ def test_a_shard_comes_back_from_where_the_whole_model_holds_it() -> None:
     again = {e.key: e for e in grant(book, "b", 4)}
     assert again[entry.key].positions == (4, 4)
     assert again.keys() == {e.key for e in held}, "what came back goes first"
-    assert book.withdrawn("a", [entry.key]) == [entry.key]
-    assert book.withdrawn("b", [entry.key]) == []
+    assert again[entry.key].number > max(e.number for e in held), "and is another lease by now"
+    assert book.withdrawn([entry.number]) == [entry.number]
+    assert book.withdrawn([again[entry.key].number]) == []
+
+
+def test_a_lease_that_came_back_is_known_to_have_when_another_site_has_finished_it() -> None:
+    book = leases(fragments=1)
+    (entry,) = grant(book, "a", 1)
+    change = book.plan_return(["a"])
+    assert change is not None
+    book.make(change)
+    grant(book, "b", 1)
+    trained(book, "b", 0, (*entry.key, SIZES[entry.shard]))
+    assert book.entries == {}
+    assert book.withdrawn([entry.number]) == [entry.number]
+
+
+def test_no_number_is_given_twice_by_a_coordinator_that_was_restarted() -> None:
+    book = leases(fragments=1)
+    (entry,) = grant(book, "a", 1)
+    trained(book, "a", 0, (*entry.key, SIZES[entry.shard]))
+    other = leases(fragments=1)
+    other.restore(book.entries.values(), book.dealt)
+    assert grant(other, "a", 1)[0].number > entry.number
 
 
 def test_nobody_moves_anothers_position_and_none_goes_back() -> None:
@@ -97,7 +119,7 @@ def test_what_was_done_is_not_taken_for_withdrawn() -> None:
     book = leases(fragments=1)
     (entry,) = grant(book, "a", 1)
     trained(book, "a", 0, (*entry.key, SIZES[entry.shard]))
-    assert book.withdrawn("a", [entry.key]) == []
+    assert book.withdrawn([entry.number]) == []
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3), st.booleans())
@@ -107,17 +129,20 @@ def test_nothing_is_left_out_and_without_deaths_nothing_is_trained_twice(seed: i
     book = leases(fragments)
     count: Counter[tuple[int, int, int]] = Counter()
     local: dict[str, dict[tuple[int, int], int]] = {"a": {}, "b": {}, "c": {}}
+    numbers: dict[str, dict[int, tuple[int, int]]] = {"a": {}, "b": {}, "c": {}}
     for _ in range(120):
         site = rng.choice("abc")
         mine = local[site]
         match rng.choice(("lease", "train", "train", "contribute", "contribute", "die", "restart")):
             case "lease":
-                done = tuple(key for key, at in mine.items() if at >= SIZES[key[1]])
+                done = tuple(n for n, key in numbers[site].items() if mine[key] >= SIZES[key[1]])
                 grant(book, site, 2, done)
-                for key in book.withdrawn(site, mine):
-                    del mine[key]
+                for number in book.withdrawn(numbers[site]):
+                    del mine[numbers[site].pop(number)]
                 for entry in book.held_by(site):
-                    mine.setdefault(entry.key, entry.position)
+                    if entry.number not in numbers[site]:
+                        numbers[site][entry.number] = entry.key
+                        mine[entry.key] = entry.position
             case "train":
                 for key in sorted(mine):
                     if mine[key] < SIZES[key[1]]:
@@ -128,13 +153,14 @@ def test_nothing_is_left_out_and_without_deaths_nothing_is_trained_twice(seed: i
                 trained(book, site, rng.randrange(fragments), *((*key, at) for key, at in mine.items()))
             case "die" if die:
                 mine.clear()
+                numbers[site].clear()
                 if (change := book.plan_return([site])) is not None:
                     book.make(change)
             case "restart":
                 other = leases(fragments)
-                other.restore(book.entries.values(), book.epoch, book.dealt)
+                other.restore(book.entries.values(), book.dealt)
                 book = other
-    done = [(epoch, shard) for epoch in range(book.epoch + 1) for shard in _dealt(book, epoch)]
+    done = [(epoch, shard) for epoch in range(book.dealt.epoch + 1) for shard in _dealt(book, epoch)]
     for epoch, shard in done:
         if (epoch, shard) not in book.entries:
             assert all(count[epoch, shard, at] >= 1 for at in range(SIZES[shard]))
@@ -143,5 +169,5 @@ def test_nothing_is_left_out_and_without_deaths_nothing_is_trained_twice(seed: i
 
 
 def _dealt(book: Leases, epoch: int) -> list[int]:
-    order = book._shuffled(epoch)
-    return order[: book.dealt] if epoch == book.epoch else order
+    order = book.order(epoch)
+    return order[: book.dealt.shards] if epoch == book.dealt.epoch else order

@@ -27,9 +27,10 @@ def stream(directory: Path, batch_size: int = 4) -> LeasedStream:
     return LeasedStream(Recording(), Manifest("0" * 32, SIZES), batch_size, 7, directory)
 
 
-def orders(*leases: tuple[int, int, int], withdrawn: tuple[tuple[int, int], ...] = ()) -> DataOrders:
+def orders(*leases: tuple[int, int, int, int], withdrawn: tuple[int, ...] = (), next_number: int = 99) -> DataOrders:
     return DataOrders(
-        leases=[ShardLease(epoch=epoch, shard=shard, start=start) for epoch, shard, start in leases],
+        next_number=next_number,
+        leases=[ShardLease(number=n, epoch=epoch, shard=shard, start=start) for n, epoch, shard, start in leases],
         withdrawn=list(withdrawn),
     )
 
@@ -51,7 +52,7 @@ PINNED = [(0, 1), (25, 80), (87, 91), (2767, 2647)]
 def test_leases_are_trained_in_their_order_and_across_their_ends(tmp_path: Path) -> None:
     data = stream(tmp_path)
     assert not data.ready
-    data.obey(orders((0, 1, 0), (0, 0, 2)))
+    data.obey(orders((0, 0, 1, 0), (1, 0, 0, 2)))
     assert data.ready
     batches = [next(data), next(data)]
     assert [len(batch) for batch in batches] == [4, 4]
@@ -63,69 +64,112 @@ def test_leases_are_trained_in_their_order_and_across_their_ends(tmp_path: Path)
 
 def test_what_is_trained_is_reported_until_the_model_holds_it(tmp_path: Path) -> None:
     data = stream(tmp_path)
-    data.obey(orders((0, 1, 0), (0, 2, 0)))
+    data.obey(orders((4, 0, 1, 0), (6, 0, 2, 0)))
     next(data)
     next(data)
     assert data.progress() == [(0, 1, 4), (0, 2, 4)]
     report = data.report()
-    assert (report.holding, report.finished) == ([(0, 2)], [(0, 1)])
-    data.obey(orders((0, 2, 0)))
+    assert (report.holding, report.finished) == ([6], [4])
+    data.obey(orders((6, 0, 2, 0)))
     assert data.progress() == [(0, 2, 4)]
     assert data.report().finished == []
 
 
 def test_what_went_to_another_site_is_given_up(tmp_path: Path) -> None:
     data = stream(tmp_path)
-    data.obey(orders((0, 2, 0), (0, 1, 0)))
+    data.obey(orders((0, 0, 2, 0), (1, 0, 1, 0)))
     next(data)
-    data.obey(orders((0, 1, 0), withdrawn=((0, 2),)))
+    data.obey(orders((1, 0, 1, 0), withdrawn=(0,)))
     assert {shard for shard, _ in next(data)} == {1}
+
+
+def test_orders_that_are_overtaken_bring_nothing_back_and_take_nothing_away(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    data.obey(early := orders((0, 0, 1, 0), next_number=1))
+    next(data)
+    data.obey(orders((3, 0, 0, 0), next_number=4))
+    assert data.report().finished == [], "the first is in the model"
+    next(data)
+    data.obey(orders((3, 0, 0, 0), (4, 0, 2, 0), next_number=5))
+    next(data)
+    before = data.state_dict()
+    assert data.report().finished == [3]
+    data.obey(early)
+    assert data.state_dict() == before
 
 
 def test_a_restart_goes_on_at_the_next_sequence_with_the_leases_since(tmp_path: Path) -> None:
     """What was leased after the checkpoint was written down: the second training is on the data of the first."""
     data = stream(tmp_path)
-    data.obey(orders((0, 2, 0)))
+    data.obey(orders((0, 0, 2, 0)))
     next(data)
     saved = data.state_dict()
     rest = [next(data)]
-    data.obey(orders((0, 2, 0), (0, 0, 0), (0, 1, 0)))
+    data.obey(orders((0, 0, 2, 0), (1, 0, 0, 0), (2, 0, 1, 0)))
     rest += [next(data) for _ in range(3)]
     assert not data.ready
 
     again = stream(tmp_path)
     again.load_state_dict(saved)
     # The coordinator has all of shard 2 by now, and the leases that came later as they were.
-    again.obey(orders((0, 0, 0), (0, 1, 0)))
+    again.obey(orders((1, 0, 0, 0), (2, 0, 1, 0)))
     assert [next(again) for _ in range(4)] == rest
     assert not again.ready
-    again.obey(orders((0, 1, 0), (1, 0, 0)))
-    assert again._next_number == 4
+    again.obey(orders((2, 0, 1, 0), (3, 1, 0, 0)))
+    assert again.ready
 
 
 def test_a_site_without_a_checkpoint_asks_again(tmp_path: Path) -> None:
     data = stream(tmp_path)
-    data.obey(orders((0, 2, 0)))
+    data.obey(orders((5, 0, 2, 0)))
     next(data)
     fresh = stream(tmp_path)
+    fresh.begin()
     assert not fresh.ready
-    fresh.obey(orders((0, 2, 3)))
+    fresh.obey(orders((5, 0, 2, 3)))
     assert fresh.progress() == [(0, 2, 3)]
-    assert fresh.state_dict()["leases"][0]["number"] == 1, "no number twice"
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"{", b'[{"number": 1}]'])
-def test_a_damaged_list_of_leases_is_done_without(tmp_path: Path, spoilt: bytes) -> None:
+def test_after_a_restore_nothing_comes_up_again_that_was_leased_before_it(tmp_path: Path) -> None:
+    """The coordinator is back at an earlier time, and gives numbers out again."""
+    data = stream(tmp_path)
+    data.obey(orders((5, 0, 2, 0), (6, 0, 1, 0)))
+    after = stream(tmp_path)
+    after.begin()
+    saved = after.state_dict()
+    after.obey(orders((4, 0, 0, 1)))
+    again = stream(tmp_path)
+    again.load_state_dict(saved)
+    assert again.progress() == [(0, 0, 1)]
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"{", b'[{"number": 1}]', b"0" * 64 + b"\n[]\n", b"\xff"])
+def test_a_damaged_list_of_leases_is_done_without(
+    tmp_path: Path, spoilt: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "leases.json").write_bytes(spoilt)
     data = stream(tmp_path)
-    data.obey(orders((0, 2, 0)))
+    assert "cannot be read" in caplog.text
+    data.obey(orders((0, 0, 2, 0)))
     assert data.ready
+
+
+def test_a_bit_that_changes_in_the_list_of_leases_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream(tmp_path).obey(orders((0, 0, 2, 0)))
+    whole = (tmp_path / "leases.json").read_bytes()
+    stream(tmp_path)
+    assert not caplog.text
+    for at in range(len(whole) - 1):
+        caplog.clear()
+        (tmp_path / "leases.json").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        stream(tmp_path)
+        assert "cannot be read" in caplog.text, at
 
 
 def test_a_disk_that_refuses_does_not_stop_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_bytes(b"")
     data = stream(tmp_path / "file")
-    data.obey(orders((0, 2, 0)))
+    data.obey(orders((0, 0, 2, 0)))
     assert data.ready
     assert "cannot be written" in caplog.text
 
@@ -144,16 +188,16 @@ def test_it_says_how_many_shards_a_batch_may_need(tmp_path: Path) -> None:
     """However small they are: a site with less than that could never train."""
     data = LeasedStream(Recording(), Manifest("0" * 32, [3, 5, 4] * 10), 16, 7, tmp_path)
     assert data.report().least == 1 + 6
-    data.obey(orders(*((0, shard, 0) for shard in range(7))))
+    data.obey(orders(*((shard, 0, shard, 0) for shard in range(7))))
     assert data.ready
 
 
 def test_a_shard_that_was_given_up_and_leased_again_is_trained_once(tmp_path: Path) -> None:
     data = stream(tmp_path)
     saved = data.state_dict()
-    data.obey(orders((0, 2, 0)))
-    data.obey(orders(withdrawn=((0, 2),)))
-    data.obey(orders((0, 2, 6)))
+    data.obey(orders((0, 0, 2, 0)))
+    data.obey(orders(withdrawn=(0,)))
+    data.obey(orders((1, 0, 2, 6)))
     again = stream(tmp_path)
     again.load_state_dict(saved)
     assert again.progress() == [(0, 2, 6)]
