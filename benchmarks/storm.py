@@ -30,29 +30,47 @@ KINDS = {"kill-site": 8, "stop-site": 4, "cut": 5, "kill-coordinator": 3}
 
 
 class Storm:
-    """Faults at random times, `per_hour` of them on average, on the sites of `course` and its coordinator; `scale`
-    shortens how long they last."""
+    """Faults at random times, one in each 1/`per_hour` of an hour, on the sites of `course` and its coordinator, in the
+    proportions of `KINDS`; `scale` shortens how long they last. `seconds`: how long it has raged."""
 
     def __init__(self, course: Course, per_hour: float, seed: int, scale: float = 1.0) -> None:
         self.course, self.pause, self.scale = course, 3600 / per_hour, scale
         self.rng = random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.kills: list[tuple[float, str]] = []
+        self.seconds = 0.0
+        self._deck: list[str] = []
         self._repairs: set[asyncio.Task[None]] = set()
         self._busy: set[str] = set()
 
     async def rage(self) -> None:
         """Until it is cancelled."""
-        while True:
-            await asyncio.sleep(self.rng.uniform(0.5, 1.5) * self.pause)
-            kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
-            whom = "coordinator" if kind == "kill-coordinator" else self.rng.choice(self.course.sites)
-            if whom in self._busy or (whom != "coordinator" and not self.course.runs(whom)):
-                well = [site for site in self.course.sites if site not in self._busy and self.course.runs(site)]
-                whom = self.rng.choice(well) if well else ""
-                kind = "cut"
-            if whom:
-                self.strike(kind, whom)
+        began, slot = time.monotonic(), 0
+        try:
+            while True:
+                at = (slot + self.rng.random()) * self.pause
+                await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+                kind = self._next_kind()
+                while not (well := self._well(kind)):
+                    if not self._repairs:
+                        return  # nobody is left: the run is over
+                    await asyncio.wait(self._repairs, return_when=asyncio.FIRST_COMPLETED)
+                self.strike(kind, self.rng.choice(well))
+                slot += 1
+        finally:
+            self.seconds = time.monotonic() - began
+
+    def _next_kind(self) -> str:
+        """From a deck that is shuffled and dealt out again and again."""
+        if not self._deck:
+            self._deck = [kind for kind, count in KINDS.items() for _ in range(count)]
+            self.rng.shuffle(self._deck)
+        return self._deck.pop()
+
+    def _well(self, kind: str) -> list[str]:
+        """Whom such a fault could strike."""
+        whom = ["coordinator"] if kind == "kill-coordinator" else self.course.sites
+        return [name for name in whom if name not in self._busy and self.course.runs(name)]
 
     async def calm_down(self) -> None:
         """Whatever is broken is mended."""
@@ -108,6 +126,7 @@ def measure(tokens: int, per_hour: float, seed: int) -> dict[str, Any]:
             "seed": seed,
             "tokens": status["tokens"],
             "faults": storm.faults.total() if storm is not None else 0,
+            "faults_per_hour": 3600 * storm.faults.total() / storm.seconds if storm is not None else 0.0,
             "kinds": ", ".join(f"{n} {kind}" for kind, n in sorted(storm.faults.items())) if storm is not None else "",
             "sent": merged + refused,
             "merged": merged,

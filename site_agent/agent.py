@@ -69,6 +69,8 @@ def train(config: SiteConfig) -> None:
         except RefusedError as error:
             if error.code != Code.WRONG_RUN or not agent.joined:
                 raise
+            if agent.stopped_by is not None:
+                raise Stopped(agent.stopped_by) from None
             log.warning("%s; asking whether it was restored", error)
             lineage = agent.lineage
 
@@ -91,6 +93,9 @@ class Agent:
         self._saver, self._evaluations = ThreadPoolExecutor(1, "checkpoints"), ThreadPoolExecutor(1, "evaluation")
         self.learner: Learner | None = None
         self._ends_at = math.inf
+        self._over = False
+        self.stopped_by: int | None = None
+        """The signal that asked it to stop."""
 
     def run(self) -> None:
         exporter = self.metrics.serve(self.config.metrics)
@@ -123,6 +128,7 @@ class Agent:
                 f"the device has too little memory: {str(error).splitlines()[0]}; lower [inner] batch_size"
             ) from None
         finally:
+            self._over = True
             self.courier.close()
             for background in (self._saver, self._evaluations):
                 background.shutdown(wait=True, cancel_futures=True)
@@ -144,12 +150,16 @@ class Agent:
             os._exit(128 + number)
 
         def stop(number: int, _frame: object) -> None:
+            first, self.stopped_by = self.stopped_by is None, number
             if self._ends_at == math.inf:
                 self._ends_at = time.monotonic() + limit
+                log.info("%s: stopping within %g s", signal.Signals(number).name, limit)
                 watchdog = threading.Timer(limit, give_up, (number,))
                 watchdog.daemon = True
                 watchdog.start()
-            if self.learner is None or not self.learner.training:
+            if self._over and not first:
+                return  # it is leaving
+            if self._over or self.learner is None or not self.learner.training:
                 raise Stopped(number)
             self.courier.events.put(Stop(number))
 

@@ -210,7 +210,9 @@ class Courier:
                     await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
                     await self._link.leave(self._session, LEAVE_SECONDS)
         except (TimeoutError, IsthmusError) as error:
-            log.warning("left without a goodbye: %s", error)
+            # (A coordinator that was restored, or serves another run, has nobody to say goodbye to.)
+            moved = isinstance(error, RefusedError) and error.code == Code.WRONG_RUN
+            log.log(logging.DEBUG if moved else logging.WARNING, "left without a goodbye: %s", error)
         finally:
             await self._link.__aexit__()
 

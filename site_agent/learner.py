@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -39,6 +40,7 @@ from site_agent.training.schedules import lr_factor
 log = logging.getLogger(__name__)
 
 REPORT_STEPS = 50
+TOLD_SECONDS = 60.0
 LEASED_SECONDS = 30.0
 """For so long, or for `outage_steps`, a site has data that is leased to it in advance."""
 
@@ -303,12 +305,13 @@ class Learner:
     def _train(self) -> Generator[Need, Sequence[Event], None]:
         """Does what the core says until it is done."""
         core = self.core
+        core.run_finished = self._orders.finished
         self.training = True
         self.ledger = Ledger(self._clock())
         self._saved_at = self._clock()
         self._report()
         self._evaluate_if_ordered()
-        hurried = False
+        hurried, told_at = False, -math.inf
         while True:
             match core.next_action():
                 case Done():
@@ -316,7 +319,9 @@ class Learner:
                     return
                 case Step() if self._starved():
                     if not hurried:
-                        log.info("waiting for data")
+                        often = self._clock() - told_at < TOLD_SECONDS
+                        log.log(logging.DEBUG if often else logging.INFO, "waiting for data")
+                        told_at = told_at if often else self._clock()
                         self._report()
                         self.courier.hurry()
                         hurried = True
