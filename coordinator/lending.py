@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -51,25 +52,24 @@ class Lending:
                     'give it the same files, or set [data] partition = "local"',
                 )
 
-    async def report(self, site: str, report: DataReport | None, sites: int) -> DataOrders | None:
-        """What the site, one of `sites`, is to train next. Raises Refused where the disk refuses: nothing is leased
-        then."""
-        if report is None or self.leases is None:
+    async def report(self, site: str, report: DataReport, sites: int) -> DataOrders | None:
+        """What the site, one of `sites`, is to train next; no more than it has where the disk refuses."""
+        if self.leases is None:
             return None
         # Nobody takes much more than a part of what there is in advance: a site that dies with it holds it up.
-        share = max(2, len(self.leases.sizes) // (4 * max(1, sites)))
-        ahead = max(report.least, min(report.ahead, share))
+        share = sum(self.leases.sizes) // (4 * max(1, sites))
+        missing = max(report.least, min(report.want, share)) - report.left
+        known = [*report.holding, *report.finished]
         async with self._turn:
-            if (change := self.leases.plan_grants(site, ahead, report.finished)) is not None:
-                await self._workers.write(self._journal.lease, change)
-                self.leases.make(change)
+            with contextlib.suppress(Refused):
+                await self._write(self.leases, self.leases.plan_grants(site, missing, report.newest, known))
         return DataOrders(
             next_number=self.leases.dealt.next_number,
             leases=[
                 ShardLease(number=e.number, epoch=e.epoch, shard=e.shard, start=e.position)
                 for e in self.leases.held_by(site)
             ],
-            withdrawn=self.leases.withdrawn([*report.holding, *report.finished]),
+            withdrawn=self.leases.withdrawn(known),
         )
 
     def document(self) -> dict[str, Any] | None:
@@ -104,9 +104,29 @@ class Lending:
         holders = {entry.site for entry in self.leases.entries.values() if entry.site is not None}
         self._away = {site: self._away.get(site, now) for site in holders - set(live)}
         gone = sorted(site for site, since in self._away.items() if now - since >= self.away_seconds)
+        if count := await self._come_back(gone):
+            log.warning("nothing was heard of %s for long; %d shards came back", ", ".join(gone), count)
+
+    async def give_back(self, site: str) -> None:
+        """The site trains other data: what it was leased comes back."""
+        if count := await self._come_back([site]):
+            log.warning("site %s does not train leased data any more; %d shards came back", site, count)
+
+    async def _come_back(self, sites: Sequence[str]) -> int:
+        """How many shards of these sites came back. Where the disk refuses they do not yet: the caller comes again."""
+        if self.leases is None:
+            return 0
         async with self._turn:
-            if not gone or (change := self.leases.plan_return(gone)) is None:
-                return
-            await self._workers.durably(self._workers.writer, "shards that came back", self._journal.lease, change)
-            self.leases.make(change)
-        log.warning("nothing was heard of %s for long; %d shards came back", ", ".join(gone), len(change.entries))
+            change = self.leases.plan_return(sites)
+            try:
+                await self._write(self.leases, change)
+            except Refused as error:
+                log.error("shards of %s cannot come back yet: %s", ", ".join(sites), error)
+                return 0
+        return len(change.entries) if change is not None else 0
+
+    async def _write(self, leases: Leases, change: Change | None) -> None:
+        """Writes a change, then makes it. Raises Refused, and it was not made."""
+        if change is not None:
+            await self._workers.write(self._journal.lease, change)
+            leases.make(change)

@@ -284,7 +284,11 @@ class Coordinator:
         self.metrics.show_report(site, report)
         if message.evaluation is not None:
             await self._evaluated(site, message.evaluation.tokens, message.evaluation.loss)
-        data = await self.lending.report(site, message.data, len(self.core.members.live))
+        data = None
+        if message.data is not None:
+            data = await self.lending.report(site, message.data, len(self.core.members.live))
+        elif message.state == "training":
+            await self.lending.give_back(site)
         return self._orders(site, data)
 
     async def describe(self, site: str, message: Manifest) -> None:

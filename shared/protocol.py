@@ -28,7 +28,7 @@ SMALLEST_PART_BYTES = 64 << 10
 """A site with a slow link may ask for parts as small as this."""
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
-MOST_SHARDS, MOST_AHEAD, MOST_LEASES = 1 << 16, 1 << 10, 1 << 12
+MOST_SHARDS, MOST_LEASES = 1 << 16, 1 << 12
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
@@ -106,9 +106,6 @@ class AwaitedRound(Message):
     version: Count
 
 
-"""(epoch, shard); msgpack has lists only."""
-
-
 class Manifest(Message):
     """What a site's data is cut into: the sequences of each shard, and a digest of what they are."""
 
@@ -118,12 +115,14 @@ class Manifest(Message):
 
 
 class DataReport(Message):
-    """How a site stands with its leases: it wants `ahead` shards that it has not trained to their ends, and cannot do
-    with less than `least`. `holding` are the numbers of those that it is training or will, `finished` of those that it
-    has, and that are not all in the model yet."""
+    """How a site stands with its leases: it has `left` sequences to train, wants `want`, and cannot do with less than
+    `least`. `holding` are the numbers of the leases that it is training or will, `finished` of those that it has
+    trained and that are not all in the model yet; `newest` is the highest that it has seen (-1: none)."""
 
-    ahead: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
-    least: Annotated[int, Field(ge=0, le=MOST_AHEAD)]
+    want: Annotated[int, Field(ge=0, le=10**15)]
+    least: Annotated[int, Field(ge=0, le=10**15)]
+    left: Annotated[int, Field(ge=0, le=10**18)]
+    newest: Annotated[int, Field(ge=-1, le=1 << 40)]
     holding: Annotated[list[Count], Field(max_length=MOST_LEASES)]
     finished: Annotated[list[Count], Field(max_length=MOST_LEASES)]
 

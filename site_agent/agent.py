@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
 from shared.task import Shard, build_model, load_task, manifest_of
+from site_agent.checkpoint import oldest_lease
 from site_agent.courier import LEAVE_SECONDS, CourierThread, Event, Stop
 from site_agent.evaluation import Evaluator
 from site_agent.learner import Hear, Learner, Place, Stopped, Train
@@ -106,6 +108,7 @@ class Agent:
             self.lineage, self.joined = joined.lineage, True
             self.learner, evaluator = self._prepare(joined)
             self._drive(self.learner)
+            self.learner.training = False  # from here on a stop is one at once
             self._evaluate_the_end(self.learner, evaluator)
             self.learner.save_before_leaving()
             core = self.learner.core
@@ -113,6 +116,7 @@ class Agent:
         except Stopped as stopped:
             # A machine that is taken away may not come back: what is on its way should arrive. Somebody at a keyboard
             # comes back, and it is in the outbox.
+            log.info("%s: leaving", signal.Signals(stopped.signal).name)
             left = self.config.site.stop_seconds - 2 * LEAVE_SECONDS if stopped.signal != signal.SIGINT else 1.0
             if not self.courier.settle(max(0.0, min(left, self._ends_at - time.monotonic()))):
                 log.warning("a contribution is still on its way; it is sent again when this site comes back")
@@ -150,16 +154,15 @@ class Agent:
             os._exit(128 + number)
 
         def stop(number: int, _frame: object) -> None:
-            first, self.stopped_by = self.stopped_by is None, number
+            self.stopped_by = number
             if self._ends_at == math.inf:
                 self._ends_at = time.monotonic() + limit
-                log.info("%s: stopping within %g s", signal.Signals(number).name, limit)
                 watchdog = threading.Timer(limit, give_up, (number,))
                 watchdog.daemon = True
                 watchdog.start()
-            if self._over and not first:
-                return  # it is leaving
-            if self._over or self.learner is None or not self.learner.training:
+            if self._over:
+                return  # it is leaving as it is
+            if self.learner is None or not self.learner.training:
                 raise Stopped(number)
             self.courier.events.put(Stop(number))
 
@@ -187,7 +190,15 @@ class Agent:
         if (manifest := manifest_of(task)) is not None:
             self.courier.describe_data(manifest)
             state = config.path(config.site.state)
-            leased = LeasedStream(task, manifest, run.inner.batch_size, run.run.seed, state)
+            leased = LeasedStream(
+                task,
+                manifest,
+                run.inner.batch_size,
+                run.run.seed,
+                state,
+                run=joined.run,
+                settled=partial(oldest_lease, state),
+            )
             stream_of = lambda _: leased  # noqa: E731
         seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
         evaluator = Evaluator(task, trainer, layout, run.inner.batch_size, self.courier, self._evaluations)

@@ -104,6 +104,17 @@ def oldest_record(directory: Path) -> int:
     return min(oldest, default=0)
 
 
+def oldest_lease(directory: Path) -> int:
+    """The newest lease of data that the oldest kept checkpoint knows; -1 where none can say."""
+    known = []
+    for path in directory.glob("step-*"):
+        try:
+            known.append(int(_manifest(path)[0]["stream"]["newest"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            known.append(-1)
+    return min(known, default=-1)
+
+
 def pack_core(core: SiteCore) -> dict[str, Any]:
     """The decisions' state as plain data. What was measured is not part of it: a restart measures anew."""
     return {

@@ -217,7 +217,12 @@ class Learner:
         self._save(0, *self._state())
 
     def _go_on_in_the_data(self, manifest: Mapping[str, Any]) -> None:
-        if self._leased is not None or ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
+        leased, was_leased = self._leased, "newest" in manifest["stream"]
+        if was_leased != (leased is not None):
+            log.warning("[data] partition was changed since the checkpoint; beginning with the data anew")
+            if leased is not None:
+                leased.begin()
+        elif was_leased or ShardMessage.model_validate(manifest["shard"]) == self._orders.shard:
             self.stream.load_state_dict(manifest["stream"])
 
     def _await_own(self, p: int, newest: Anchor, at_join: FragmentVersion) -> None:
@@ -318,11 +323,11 @@ class Learner:
                     self._report()
                     return
                 case Step() if self._starved():
+                    self._report()
                     if not hurried:
                         often = self._clock() - told_at < TOLD_SECONDS
                         log.log(logging.DEBUG if often else logging.INFO, "waiting for data")
                         told_at = told_at if often else self._clock()
-                        self._report()
                         self.courier.hurry()
                         hurried = True
                     self._take_in((yield Hear()))

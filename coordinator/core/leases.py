@@ -12,12 +12,14 @@ and then made.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 Key = tuple[int, int]
 """(epoch, shard)"""
-RETURNED = 1000
+MOST_HELD = 1 << 11
+RETURNED = 1 << 12
 """Of so many leases that came back it is known that they did, in case their site does as well."""
 
 
@@ -57,9 +59,9 @@ class Dealt:
 
 @dataclass(frozen=True)
 class Change:
-    """Entries as they become; `done`: these are fully trained, and no entry is kept."""
+    """Entries as they become; `done`: these are fully trained, and no entry is kept. `dealt` None: as it was."""
 
-    dealt: Dealt
+    dealt: Dealt | None
     entries: tuple[Entry, ...]
     done: tuple[Key, ...] = field(default=())
 
@@ -81,30 +83,45 @@ class Leases:
         return sorted((e for e in self.entries.values() if e.site == site), key=lambda e: e.number)
 
     def withdrawn(self, holding: Iterable[int]) -> list[int]:
-        """Which of the leases that a site takes for its own came back. (A lease that is done has not: a site that was
-        killed may have to train it again, as it did.)"""
-        return [number for number in holding if number in self.dealt.returned]
+        """Which of the leases that a site takes for its own came back, as far as that is known (`RETURNED`). (A lease
+        that is done has not: a site that was killed may have to train it again, as it did.)"""
+        returned = set(self.dealt.returned)
+        return [number for number in holding if number in returned]
 
     # -- plans
 
-    def plan_grants(self, site: str, ahead: int, finished: Iterable[int]) -> Change | None:
-        """More shards for a site that wants `ahead` that it has not `finished` training, by number; None where it has
-        them."""
-        trained = set(finished)
-        missing = ahead - sum(entry.number not in trained for entry in self.held_by(site))
-        if missing <= 0:
+    def plan_grants(self, site: str, missing: int, newest: int, known: Iterable[int]) -> Change | None:
+        """More shards for a site that lacks so many sequences; None where it has what it wants. It has seen leases up
+        to the number `newest`, and has those `known`: later ones are on their way to it and count, and what it has lost
+        (or never had: one of us was put back to an earlier time) it is leased anew."""
+        mine, has = self.held_by(site), set(known)
+        missing -= sum(self._rest(entry) for entry in mine if entry.number > newest)
+        anew = [entry for entry in mine if entry.number <= newest and entry.number not in has]
+        back = deque(sorted((e for e in self.entries.values() if e.site is None), key=lambda e: e.key))
+        number, epoch, shards = max(self.dealt.next_number, newest + 1), self.dealt.epoch, self.dealt.shards
+        granted: list[Entry] = []
+        order, room = self.order(epoch), MOST_HELD - len(mine) + len(anew)
+        while anew or (missing > 0 and len(granted) < room):
+            if anew:
+                entry = anew.pop(0)
+            elif back:
+                entry = back.popleft()
+            else:
+                if shards == len(order):
+                    epoch, shards = epoch + 1, 0
+                    order = self.order(epoch)
+                entry = Entry(epoch, order[shards], 0, site, (0,) * self.fragments)
+                shards += 1
+            start = (entry.position,) * self.fragments
+            granted.append(replace(entry, site=site, number=number + len(granted), positions=start))
+            missing -= self._rest(entry)
+        if not granted:
             return None
-        back = sorted(e.key for e in self.entries.values() if e.site is None)[:missing]
-        number, epoch, shards = self.dealt.next_number, self.dealt.epoch, self.dealt.shards
-        granted = [replace(self.entries[key], site=site, number=number + n) for n, key in enumerate(back)]
-        order = self.order(epoch)
-        while len(granted) < missing:
-            if shards == len(order):
-                epoch, shards = epoch + 1, 0
-                order = self.order(epoch)
-            granted.append(Entry(epoch, order[shards], number + len(granted), site, (0,) * self.fragments))
-            shards += 1
-        return Change(Dealt(epoch, shards, number + missing, self.dealt.returned), tuple(granted))
+        return Change(Dealt(epoch, shards, number + len(granted), self.dealt.returned), tuple(granted))
+
+    def _rest(self, entry: Entry) -> int:
+        """Sequences that are not in the whole model."""
+        return self.sizes[entry.shard] - entry.position
 
     def plan_progress(self, site: str, fragment: int, progress: Iterable[tuple[int, int, int]]) -> Change | None:
         """An accepted contribution of the fragment holds (epoch, shard) up to a position; None where that is no news.
@@ -120,7 +137,7 @@ class Leases:
                 done.append(entry.key)
             else:
                 entries.append(replace(entry, positions=tuple(positions)))
-        return Change(self.dealt, tuple(entries), tuple(done)) if entries or done else None
+        return Change(None, tuple(entries), tuple(done)) if entries or done else None
 
     def plan_return(self, sites: Iterable[str]) -> Change | None:
         """The shards of these sites come back, from where they are in the whole model; None where they have none."""
@@ -138,7 +155,7 @@ class Leases:
             self.entries[entry.key] = entry
         for key in change.done:
             del self.entries[key]
-        self.dealt = change.dealt
+        self.dealt = change.dealt or self.dealt
 
     def order(self, epoch: int) -> list[int]:
         """In which the shards of an epoch are dealt out."""

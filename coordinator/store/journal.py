@@ -360,7 +360,8 @@ class Journal:
         )
         done = [(f"{epoch}/{shard}",) for epoch, shard in change.done]
         self._db.executemany("DELETE FROM leases WHERE key = ?", done)
-        self._put_meta("dealt", json.dumps(astuple(change.dealt)))
+        if change.dealt is not None:
+            self._put_meta("dealt", json.dumps(astuple(change.dealt)))
 
     # -- evaluations
 

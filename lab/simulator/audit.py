@@ -67,7 +67,7 @@ class Auditor:
         self._last_seq = 0
         self._published = [0] * config.rounds.fragments
         self._promised: list[tuple[Seen, int]] = []
-        self._data: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._data: dict[tuple[str, int], tuple[tuple[int, int, int], ...]] = {}
         self._came_back: set[tuple[int, int]] = set()
         self._trained: dict[tuple[int, int, int], set[tuple[str, int]]] = {}
         self.checks = 0
@@ -212,13 +212,14 @@ class Auditor:
                     f"and {held[place]:.3f} held of {taken[place]:g}",
                 )
 
-    def trained(self, site: str, step: int, at: tuple[int, int, int]) -> None:
-        """A site trains a sequence of leased data: (epoch, shard, position)."""
+    def trained(self, site: str, step: int, at: tuple[tuple[int, int, int], ...]) -> None:
+        """A site trains sequences of leased data: each (epoch, shard, position)."""
         self.checks += 1
         before = self._data.setdefault((site, step), at)
         if before != at and site not in self.forgetful:
             self._violated("a step is trained again on the same data", f"site {site}, step {step}: {before}, then {at}")
-        self._trained.setdefault(at, set()).add((site, step))
+        for each in at:
+            self._trained.setdefault(each, set()).add((site, step))
 
     def _all_data_once(self, coordinator: Coordinator) -> None:
         """What was leased is trained once where nobody forgot what it did, and nothing that is done is left out."""

@@ -9,6 +9,7 @@ sums of such numbers show the order in which they were made.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from lab.simulator.model import PLACES, TOKENS
 from shared.files import Disk
 from shared.fragments import F32
 from shared.task import Manifest
+from site_agent.checkpoint import oldest_lease
 from site_agent.training.leased import LeasedStream
 
 LEASED = Manifest("0" * 32, (6, 4, 7, 5))
+BATCH = 3
+"""Sequences of it in a step: no shard but one is a whole number of batches."""
 
 
 class Stride:
@@ -61,21 +65,18 @@ class Steps:
 
 
 class LeasedSteps(LeasedStream):
-    """The same numbers, each for one sequence of data that is leased; `trained` is told of each step, and which
-    (epoch, shard, position) it was."""
+    """The same numbers, each for a batch of data that is leased; `trained` is told of each step, and which (epoch,
+    shard, position) were in it."""
 
-    def __init__(self, directory: Path, disk: Disk, trained: Callable[[int, tuple[int, int, int]], None]) -> None:
-        super().__init__(None, LEASED, 1, 0, directory, disk)
+    def __init__(
+        self, directory: Path, disk: Disk, run: str, trained: Callable[[int, tuple[tuple[int, int, int], ...]], None]
+    ) -> None:
+        super().__init__(None, LEASED, BATCH, 0, directory, disk, run, partial(oldest_lease, directory))
         self.position = 0
         self._trained = trained
 
     def __next__(self) -> int:
-        lease = self._leases[0]
-        at = (*lease.key, lease.position)
-        lease.position += 1
-        if lease.position == self.sizes[lease.shard]:
-            self._finished.append(self._leases.pop(0))
-        self._trained(self.position, at)
+        self._trained(self.position, tuple(self._take()))
         self.position += 1
         return self.position - 1
 

@@ -319,7 +319,7 @@ class SiteProcess:
         streams: Callable[[Shard], Any] = lambda shard: Steps()  # noqa: E731
         if world.schedule.leased:
             await courier.describe(LEASED)
-            leased = LeasedSteps(self.directory, disk, partial(world.auditor.trained, self.name))
+            leased = LeasedSteps(self.directory, disk, joined.run, partial(world.auditor.trained, self.name))
             streams = lambda shard: leased  # noqa: E731
         place = Place(self.directory, world.schedule.checkpoint_seconds, Lanes(1, world.duration), disk)
         learner = self.learner = Learner(

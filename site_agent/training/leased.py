@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from shared.files import DISK, Disk
-from shared.protocol import MOST_AHEAD, MOST_LEASES, DataOrders, DataReport
+from shared.protocol import MOST_LEASES, DataOrders, DataReport
 from shared.task import Batch, Manifest
 from shared.wire import MOST_PROGRESS
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 1024
 GOLDEN = (math.sqrt(5) - 1) / 2
 NAME = "leases.json"
 
@@ -43,6 +42,7 @@ class Lease:
         return self.epoch, self.shard
 
 
+@lru_cache(maxsize=16)
 def order_of(size: int, seed: int, epoch: int, shard: int) -> tuple[int, int]:
     """(offset, stride) of the order in which a shard of `size` sequences is trained; the stride has no factor in
     common with the size, so that each comes once."""
@@ -58,18 +58,27 @@ class LeasedStream:
     """A `BatchStream` over leases. There is a next batch only while `ready`.
 
     What is leased is written to `directory` before it is used: a site that is killed, and trains the steps since its
-    last checkpoint again, trains them on the same data.
+    last checkpoint again, trains them on the same data. `settled` is the newest lease that every kept checkpoint knows:
+    what came before need not be written down.
     """
 
-    def __init__(self, task: Any, manifest: Manifest, batch_size: int, seed: int, directory: Path, disk: Disk = DISK):
-        self.sizes, self.ahead = list(manifest.sizes), 2
-        # So many shards hold a batch, whichever they are and however little of the first is left.
-        self.least = min(MOST_AHEAD, 1 + math.ceil(batch_size / min(self.sizes)))
+    def __init__(
+        self,
+        task: Any,
+        manifest: Manifest,
+        batch_size: int,
+        seed: int,
+        directory: Path,
+        disk: Disk = DISK,
+        run: str = "",
+        settled: Callable[[], int] = lambda: -1,
+    ) -> None:
+        self.sizes, self._want = list(manifest.sizes), batch_size
         self._task, self._batch_size, self._seed = task, batch_size, seed
-        self._directory, self._disk = directory, disk
+        self._directory, self._disk, self._run, self._settled = directory, disk, run, settled
         self._leases: list[Lease] = []
         self._finished: list[Lease] = []
-        self._known = deque(self._written_down(), REMEMBERED)
+        self._known = self._written_down()
         self._newest = -1
 
     # -- batches
@@ -83,22 +92,28 @@ class LeasedStream:
 
     def __next__(self) -> Batch:
         """The next sequences of the leases in their order."""
-        sequences: list[tuple[int, int]] = []
-        while len(sequences) < self._batch_size and self._leases:
-            lease = self._leases[0]
-            size = self.sizes[lease.shard]
-            offset, stride = order_of(size, self._seed, lease.epoch, lease.shard)
-            end = min(size, lease.position + self._batch_size - len(sequences))
-            sequences += [(lease.shard, (offset + k * stride) % size) for k in range(lease.position, end)]
-            lease.position = end
-            if end == size:
-                self._finished.append(self._leases.pop(0))
+        sequences = []
+        for epoch, shard, position in self._take():
+            size = self.sizes[shard]
+            offset, stride = order_of(size, self._seed, epoch, shard)
+            sequences.append((shard, (offset + position * stride) % size))
         return self._task.leased_batch(sequences)
+
+    def _take(self) -> list[tuple[int, int, int]]:
+        """(epoch, shard, position) of a batch."""
+        taken: list[tuple[int, int, int]] = []
+        while len(taken) < self._batch_size and self._leases:
+            lease = self._leases[0]
+            end = min(self.sizes[lease.shard], lease.position + self._batch_size - len(taken))
+            taken += [(*lease.key, position) for position in range(lease.position, end)]
+            lease.position = end
+            if end == self.sizes[lease.shard]:
+                self._finished.append(self._leases.pop(0))
+        return taken
 
     def want(self, sequences: float) -> None:
         """So many sequences should be there in advance."""
-        typical = sum(self.sizes) / len(self.sizes)
-        self.ahead = min(MOST_AHEAD, 1 + math.ceil(max(sequences, self._batch_size) / typical))
+        self._want = min(10**12, max(self._batch_size, math.ceil(sequences)))
 
     def _left(self) -> int:
         return sum(self.sizes[lease.shard] - lease.position for lease in self._leases)
@@ -106,9 +121,13 @@ class LeasedStream:
     # -- leases
 
     def report(self) -> DataReport:
-        finished = [lease.number for lease in self._finished[-MOST_LEASES:]]
         return DataReport(
-            ahead=self.ahead, least=self.least, holding=[lease.number for lease in self._leases], finished=finished
+            want=self._want,
+            least=self._batch_size,
+            left=self._left(),
+            newest=self._newest,
+            holding=[lease.number for lease in self._leases[:MOST_LEASES]],
+            finished=[lease.number for lease in self._finished[-MOST_LEASES:]],
         )
 
     def obey(self, orders: DataOrders) -> None:
@@ -130,15 +149,15 @@ class LeasedStream:
         if new:
             self._remember(new)
             self._newest = max(lease.number for lease in new)
-            self._leases += new
+            # (A shard that it has already was leased anew: to one of the two that is news.)
+            again = {lease.key for lease in new}
+            self._leases = [lease for lease in self._leases if lease.key not in again] + new
+            self._finished = [lease for lease in self._finished if lease.key not in again]
 
     def begin(self) -> None:
         """There is nothing to go on with: what was written down before is of another time."""
         self._known.clear()
-        try:
-            self._disk.remove(self._directory / NAME)
-        except OSError as error:
-            log.warning("%s cannot be removed (%s)", NAME, error)
+        self._remember([])
 
     def progress(self) -> list[tuple[int, int, int]]:
         """(epoch, shard, position) of what is trained and not known to be all in the model."""
@@ -166,9 +185,10 @@ class LeasedStream:
 
     def _remember(self, new: Sequence[Lease]) -> None:
         """Before they are used, and as they are now."""
-        self._known.extend(replace(lease) for lease in new)
-        leases = json.dumps([asdict(lease) for lease in self._known])
-        text = f"{sha256(leases.encode()).hexdigest()}\n{leases}\n"
+        settled = self._settled() if new else -1
+        self._known = [lease for lease in self._known if lease.number > settled] + [replace(lease) for lease in new]
+        known = json.dumps({"run": self._run, "leases": [asdict(lease) for lease in self._known]})
+        text = f"{sha256(known.encode()).hexdigest()}\n{known}\n"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._disk.put(self._directory / NAME, lambda beside: _write_text(beside, text))
@@ -177,13 +197,14 @@ class LeasedStream:
 
     def _written_down(self) -> list[Lease]:
         try:
-            seal, _, leases = (self._directory / NAME).read_text(encoding="utf-8").rstrip("\n").partition("\n")
-            if seal != sha256(leases.encode()).hexdigest():
+            seal, _, known = (self._directory / NAME).read_text(encoding="utf-8").rstrip("\n").partition("\n")
+            if seal != sha256(known.encode()).hexdigest():
                 raise ValueError("it is damaged")
-            return [Lease(**each) for each in json.loads(leases)]
+            content = json.loads(known)
+            return [Lease(**each) for each in content["leases"]] if content["run"] == self._run else []
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("%s cannot be read (%s); what was leased since the checkpoint is asked for again", NAME, error)
             return []
 

@@ -11,6 +11,8 @@ import pytest
 
 from shared.errors import RefusedError
 from site_agent.agent import Agent
+from site_agent.courier import Stop
+from site_agent.learner import Learner, Stopped
 from site_agent.tasks.byte_lm import ByteLM
 from tests.e2e.test_federation import TEXT, small_run
 from tests.support.live import live, run_config, site_config, train
@@ -55,6 +57,19 @@ def test_sites_train_every_window_as_often_as_any_other(
     assert max(windows.values()) - min(windows.values()) <= 2
 
 
+class Half(Learner):
+    """Is stopped after some steps."""
+
+    def step(self) -> None:
+        super().step()
+        if self.core.steps % 11 == 0:
+            self.courier._post(Stop(15))
+
+
+class Interrupted(Agent):
+    learns = Half
+
+
 def test_a_site_that_is_stopped_and_started_goes_on_in_its_shard(
     tmp_path: Path, text: Path, windows: Counter[tuple[int, int]]
 ) -> None:
@@ -63,23 +78,27 @@ def test_a_site_that_is_stopped_and_started_goes_on_in_its_shard(
     manifest = ByteLM({"paths": str(text), "context": 16, "partition": "leased"}).manifest()
     assert manifest is not None
     tables["run"] |= {"tokens": int(0.9 * 16 * sum(manifest.sizes)), "min_sites": 1}
-    from site_agent.courier import Stop
-    from site_agent.learner import Learner, Stopped
-
-    class Half(Learner):
-        def step(self) -> None:
-            super().step()
-            if self.core.steps == 11:
-                self.courier._post(Stop(15))
-
-    class Interrupted(Agent):
-        learns = Half
-
     with live(run_config(tables), tmp_path / "state") as served:
         with pytest.raises(Stopped):
             Interrupted(site_config("a", served.url, tmp_path)).run()
         Agent(site_config("a", served.url, tmp_path)).run()
     assert max(windows.values()) == 1
+
+
+def test_a_site_may_train_other_data_from_one_start_to_the_next(
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = small_run(text, task={"partition": "leased"}, run={"min_sites": 1, "tokens": 40_000})
+    with live(run_config(tables), tmp_path / "state") as served:
+        for n, partition in enumerate(("leased", "local", "leased")):
+            caplog.clear()
+            config = site_config("a", served.url, tmp_path, data={"partition": partition})
+            with pytest.raises(Stopped):
+                Interrupted(config).run()
+            assert ("partition was changed" in caplog.text) == (n > 0)
+            leases = served.coordinator.lending.leases
+            assert leases is not None
+            assert bool(leases.held_by("a")) == (partition == "leased")
 
 
 def test_a_site_with_another_text_is_refused(tmp_path: Path, text: Path) -> None:

@@ -52,7 +52,7 @@ ORDERS = Orders(
 )
 VERSION = FragmentVersion(version=5, digest="0" * 32, tokens=1000, contributed=-1)
 EVALUATION = Evaluation(tokens=5, loss=1.25)
-DATA = DataReport(ahead=2, least=1, holding=[5], finished=[4, 2])
+DATA = DataReport(want=200, least=16, left=40, newest=5, holding=[5], finished=[4, 2])
 LEASED = DataOrders(next_number=9, leases=[ShardLease(number=4, epoch=0, shard=5, start=17)], withdrawn=[3])
 MANIFEST = Manifest(run="r", digest="0" * 32, sizes=[5, 4])
 HEARTBEAT = Heartbeat(

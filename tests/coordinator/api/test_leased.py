@@ -22,8 +22,12 @@ async def describe(site: Any, **changed: Any) -> Any:
     return await site.ask("PUT", f"/v1/sites/{site.name}/manifest", manifest(site.fleet, **changed))
 
 
-def wanting(ahead: int, holding: Any = (), finished: Any = (), least: int = 0) -> DataReport:
-    return DataReport(ahead=ahead, least=least, holding=list(holding), finished=list(finished))
+def wanting(shards: int, holding: Any = (), finished: Any = (), least: int | None = None) -> DataReport:
+    """Of a site that has none that is not trained, and cannot do with less than so many shards."""
+    newest = max([-1, *holding, *finished])
+    least = shards * SIZES[0] if least is None else least
+    want = shards * SIZES[0]
+    return DataReport(want=want, least=least, left=0, newest=newest, holding=list(holding), finished=list(finished))
 
 
 async def leased(site: Any, report: DataReport) -> list[ShardLease]:
@@ -107,7 +111,7 @@ async def test_a_dead_sites_shards_come_back_with_their_progress(fleet: Any) -> 
     assert all(name == "eu" for _, _, name, _ in written(fleet)), "it may come back"
     await lends.take_back({"us"}, now + 100.0 + lending.AWAY_SECONDS)
     assert all(name is None for _, _, name, _ in written(fleet))
-    got = await leased(us, wanting(2))
+    got = await leased(us, wanting(2, least=12))
     assert {(x.epoch, x.shard): x.start for x in got} == {
         (held[0].epoch, held[0].shard): 4,
         (held[1].epoch, held[1].shard): 0,
@@ -150,15 +154,47 @@ async def test_a_disk_that_refuses_leases_nothing(fleet: Any, monkeypatch: pytes
 
     with monkeypatch.context() as full:
         full.setattr(Journal, "lease", refuse)
-        answer = await site.ask("POST", "/v1/sites/eu/heartbeat", site.beating("training", data=wanting(2)))
-        assert answer.is_problem(507, "storage")
+        assert await leased(site, wanting(2)) == [], "and the heartbeat is answered all the same"
+        assert fleet.coordinator.workers.storage_fault is not None
     assert fleet.coordinator.lending.leases.entries == {}
-    assert len(await leased(site, wanting(2))) == 2
+    held = await leased(site, wanting(2))
+    assert len(held) == 2
+    now = stopped_clock(fleet)
+    await fleet.coordinator.lending.take_back(set(), now)
+    with monkeypatch.context() as full:
+        full.setattr(Journal, "lease", refuse)
+        await fleet.coordinator.lending.take_back(set(), now + 1000.0)
+        assert await leased(site, wanting(0)) == held
+    await fleet.coordinator.lending.take_back(set(), now + 1000.0)
+    assert {name for _, _, name, _ in written(fleet)} == {None}
+
+
+async def test_shards_of_a_site_that_trains_other_data_come_back(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    await describe(site)
+    await leased(site, wanting(2))
+    await site.beat("ready")
+    assert {name for _, _, name, _ in written(fleet)} == {"eu"}, "it has not said yet what it trains"
+    await site.beat("training")
+    assert {name for _, _, name, _ in written(fleet)} == {None}
+
+
+async def test_leases_that_a_site_has_seen_of_a_time_that_was_undone(fleet: Any) -> None:
+    """A backup was put back: what it knows of is leased again, with numbers that the site has not seen."""
+    (site,) = await fleet.trains("eu")
+    await describe(site)
+    held = await leased(site, wanting(2))
+    report = DataReport(want=8, least=8, left=0, newest=70, holding=[69, 70], finished=[])
+    again = await leased(site, report)
+    assert [(x.shard, x.number) for x in again] == [(x.shard, 71 + n) for n, x in enumerate(held)]
 
 
 async def test_nobody_hoards(serve: Any, tmp_path: Path) -> None:
     fleet = await serve()
     eu, _ = await fleet.trains("eu", "us")
     await describe(eu, sizes=[4] * 80)
-    assert len(await leased(eu, wanting(64))) == 10, "a quarter of its part"
-    assert len(await leased(eu, wanting(64, least=30))) == 30, "what it takes to train a batch"
+    assert len(await leased(eu, wanting(64, least=0))) == 10, "a quarter of its part"
+    held = [x.number for x in await leased(eu, wanting(64, least=0))]
+    assert len(held) == 10
+    report = DataReport(want=999, least=120, left=40, newest=held[-1], holding=held, finished=[])
+    assert len(await leased(eu, report)) == 30, "what it takes to train a batch"

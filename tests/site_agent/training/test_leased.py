@@ -177,19 +177,44 @@ def test_a_disk_that_refuses_does_not_stop_it(tmp_path: Path, caplog: pytest.Log
 def test_it_wants_what_it_trains_in_the_time_and_at_least_a_batch(tmp_path: Path) -> None:
     data: Any = stream(tmp_path)
     data.want(0)
-    assert data.ahead == 2
-    data.want(100)
-    assert data.ahead == 1 + 15
-    data.want(10**9)
-    assert data.ahead == 1024
+    assert data.report().want == data.report().least == 4
+    data.want(99.5)
+    assert data.report().want == 100
+    data.want(float("1e300"))
+    assert data.report().want == 10**12
+    data.obey(orders((3, 0, 2, 4), (5, 0, 0, 0)))
+    next(data)
+    report = data.report()
+    assert (report.left, report.newest, report.holding, report.finished) == (8, 5, [3, 5], [])
 
 
-def test_it_says_how_many_shards_a_batch_may_need(tmp_path: Path) -> None:
-    """However small they are: a site with less than that could never train."""
-    data = LeasedStream(Recording(), Manifest("0" * 32, [3, 5, 4] * 10), 16, 7, tmp_path)
-    assert data.report().least == 1 + 6
-    data.obey(orders(*((shard, 0, shard, 0) for shard in range(7))))
-    assert data.ready
+def test_what_is_written_down_goes_back_to_the_oldest_kept_checkpoint(tmp_path: Path) -> None:
+    """However much that is; and no further."""
+    settled = -1
+    data = LeasedStream(Recording(), Manifest("0" * 32, SIZES), 4, 7, tmp_path, run="r.1", settled=lambda: settled)
+    saved = data.state_dict()
+    data.obey(orders(*((number, number, 0, 0) for number in range(3000))))
+    again = LeasedStream(Recording(), Manifest("0" * 32, SIZES), 4, 7, tmp_path, run="r.1")
+    again.load_state_dict(saved)
+    assert len(again.report().holding) == 3000
+    settled = 2900
+    data.obey(orders((3000, 3000, 0, 0)))
+    again = LeasedStream(Recording(), Manifest("0" * 32, SIZES), 4, 7, tmp_path, run="r.1")
+    again.load_state_dict(saved)
+    assert again.report().holding == list(range(2901, 3001))
+    other = LeasedStream(Recording(), Manifest("0" * 32, SIZES), 4, 7, tmp_path, run="r.2")
+    other.load_state_dict(saved)
+    assert other.report().holding == [], "what was leased in a run that was undone"
+
+
+def test_a_shard_that_is_leased_anew_is_trained_from_there(tmp_path: Path) -> None:
+    data = stream(tmp_path)
+    data.obey(orders((3, 0, 1, 0), (4, 0, 2, 0)))
+    next(data)
+    next(data)
+    assert data.report().finished == [3]
+    data.obey(orders((3, 0, 1, 0), (8, 0, 2, 1), (9, 0, 1, 2)))
+    assert data.progress() == [(0, 2, 1), (0, 1, 2)]
 
 
 def test_a_shard_that_was_given_up_and_leased_again_is_trained_once(tmp_path: Path) -> None:
