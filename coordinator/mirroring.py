@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from shared.config import StoreTable
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
+SLOW_SECONDS = 300.0
 
 
 class Mirroring:
@@ -33,6 +35,7 @@ class Mirroring:
         self._begun: float | None = None
         self._under_way: asyncio.Task[None] | None = None
         self._again: int | None = None
+        self._slow_at = math.inf
         self._faulty = False
 
     def due(self) -> bool:
@@ -50,10 +53,15 @@ class Mirroring:
             self._again = tokens
             return
         self._begun, self._again = self._clock(), None
+        self._slow_at = self._begun + max(self._every, SLOW_SECONDS)
         self._under_way = asyncio.create_task(self._pass(self._mirror, tokens))
 
     def retry(self, tokens: int) -> None:
-        """Begins again where the last pass failed and nothing else will: after some time."""
+        """Begins again where the last pass failed and nothing else will: after some time. Tells where the pass that is
+        under way takes long; what a far file system does cannot be broken off."""
+        if self._under_way is not None and self._begun is not None and self._clock() >= self._slow_at:
+            log.warning("a pass of the mirror has been under way for %.0f s", self._clock() - self._begun)
+            self._slow_at = math.inf
         if self._faulty and self._begun is not None and self._clock() - self._begun >= RETRY_SECONDS:
             self.begin(tokens)
 

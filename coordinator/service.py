@@ -203,8 +203,8 @@ class Coordinator:
         self._timekeeper = asyncio.create_task(self._keep_time())
         self._timekeeper.add_done_callback(self._ended)
         await self._carry_out(decisions)
-        if self.core.finished:
-            self._mirroring.begin(self.core.tokens)
+        # Whether the mirror can be written shows here, and not when the first checkpoint is due.
+        self._mirroring.begin(self.core.tokens)
 
     async def stop(self) -> None:
         """Lets the merges and writes that are under way finish, then closes everything."""

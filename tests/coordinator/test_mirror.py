@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.machine import MACHINE
 from coordinator.mirroring import Mirroring
 from coordinator.outer.step import Digests
 from coordinator.service import Coordinator
@@ -303,7 +305,7 @@ def test_a_run_is_mirrored_as_it_goes_and_at_its_end(tmp_path: Path) -> None:
 def test_passes_are_as_far_apart_as_the_config_says(tmp_path: Path) -> None:
     url = memory()
     asyncio.run(trained(tmp_path / "state", url, mirror_seconds=1e6))
-    assert max(each.number for _, each in mirror._passes(Place(url), "")) == 2, "the first checkpoint, and the end"
+    assert max(each.number for _, each in mirror._passes(Place(url), "")) == 2, "the start, and the end"
 
 
 def test_a_mirror_that_fails_stops_nothing_and_is_told(
@@ -317,6 +319,42 @@ def test_a_mirror_that_fails_stops_nothing_and_is_told(
     assert coordinator.core.finished
     assert "the mirror could not be written (RuntimeError: the bucket is gone)" in caplog.text
     assert b"isthmus_mirror_faults_total 0.0" not in coordinator.metrics.exposition()
+
+
+async def test_whether_the_mirror_can_be_written_shows_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no such key")
+
+    monkeypatch.setattr(Place, "put", refuse)
+    coordinator = await Coordinator.open(mirroring_config(memory()), tmp_path / "state", tmp_path)
+    await coordinator.start()
+    task = coordinator._mirroring._under_way
+    assert task is not None
+    await asyncio.wait({task})
+    assert "the mirror could not be written (PermissionError: no such key)" in caplog.text
+    await coordinator.stop()
+
+
+async def test_a_pass_that_takes_long_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang(self: Place, source: Path, name: str, cancelled: Any) -> None:
+        while not cancelled():
+            continue
+        raise Cancelled
+
+    now = 0.0
+    machine = dataclasses.replace(MACHINE, clock=lambda: now)
+    monkeypatch.setattr(Place, "put", hang)
+    coordinator = await Coordinator.open(mirroring_config(memory()), tmp_path / "state", tmp_path, machine)
+    mirroring: Mirroring = coordinator._mirroring
+    mirroring.begin(0)
+    for now, told in ((299.0, 0), (301.0, 1), (900.0, 1)):  # noqa: B007 (the clock reads it)
+        mirroring.retry(0)
+        assert caplog.text.count("has been under way for 301 s") == told
+    await coordinator.stop()
 
 
 async def test_a_stop_does_not_wait_for_a_far_away_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
