@@ -1,12 +1,15 @@
 """The messages between sites and the coordinator (msgpack over HTTP), and the refusal codes.
 
 A message is a frozen pydantic model; `pack` and `unpack` are the only way onto and off the wire, so
-nothing unknown, oversized or non-finite gets past them. Refusals travel as problem documents
-(RFC 9457, `application/problem+json`) whose `code` is one of `Code`: stable, counted, documented.
+nothing unknown, oversized or non-finite gets past them. On its way a body goes with its `content_digest`: with a byte
+that a link or a proxy changed it may be another report, or other orders, and would be believed. Refusals travel as
+problem documents (RFC 9457, `application/problem+json`) whose `code` is one of `Code`: stable, counted, documented.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +24,8 @@ MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
 """Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
+
+DIGEST_HEADER = "Content-Digest"
 
 PART_BYTES = 4 << 20
 """The largest part of a contribution; the coordinator writes parts to disk as they come in."""
@@ -275,6 +280,18 @@ def unpack(kind: type[M], data: bytes, limit: int = MESSAGE_BYTES) -> M:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise FormatError(f"{where}: {first['msg']}") from None
+
+
+def content_digest(data: bytes) -> str:
+    """What the header `DIGEST_HEADER` says of a body (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
+
+
+def is_damaged(data: bytes, digests: str | None) -> bool:
+    """Whether a body is not what its header `DIGEST_HEADER` says. Digests of other kinds say nothing here."""
+    named = [digest.strip() for digest in (digests or "").split(",")]
+    ours = [digest for digest in named if digest.startswith("sha-256=")]
+    return bool(ours) and content_digest(data) not in ours
 
 
 def _pairs(fields: object) -> object:

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from shared.errors import FaultError, FormatError, RefusedError
 from shared.protocol import (
+    DIGEST_HEADER,
     INLINE_BYTES,
     PROTOCOL,
     Code,
@@ -35,6 +36,8 @@ from shared.protocol import (
     Outcome,
     Preview,
     Upload,
+    content_digest,
+    is_damaged,
     pack,
     unpack,
 )
@@ -98,7 +101,7 @@ class Link:
 
     async def join(self, software: dict[str, str], patience: float | None = None) -> Joined:
         message = Join(protocol=PROTOCOL, site=self._site, software=software)
-        body = await self._ask(Request("POST", "/v1/join", body=pack(message), control=True), patience)
+        body = await self._ask(_with("POST", "/v1/join", message, control=True), patience)
         joined = _understood(Joined, body, 64 << 20)
         # Once: whoever joins again compares, and must not be overtaken by requests that name another run.
         self.run = self.run or joined.run
@@ -106,16 +109,16 @@ class Link:
 
     async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
         path = f"/v1/sites/{self._site}/heartbeat"
-        body = await self._ask(Request("POST", path, body=pack(message), control=True), patience)
+        body = await self._ask(_with("POST", path, message, control=True), patience)
         return _understood(Orders, body)
 
     async def describe(self, digest: str, sizes: list[int]) -> None:
         message = Manifest(run=self.run, digest=digest, sizes=sizes)
-        await self._ask(Request("PUT", f"/v1/sites/{self._site}/manifest", body=pack(message), control=True))
+        await self._ask(_with("PUT", f"/v1/sites/{self._site}/manifest", message, control=True))
 
     async def leave(self, session: str, patience: float) -> None:
         message, path = Leave(run=self.run, session=session), f"/v1/sites/{self._site}/leave"
-        await self._ask(Request("POST", path, body=pack(message), control=True), patience)
+        await self._ask(_with("POST", path, message, control=True), patience)
 
     async def preview(self) -> Preview:
         """The run as this site would join it, without joining."""
@@ -131,7 +134,7 @@ class Link:
         """Uploads a contribution, in one request or in parallel parts, and returns what became of it."""
         while True:
             announcement = self._with_body(opening, body)
-            request = Request("POST", "/v1/contributions", body=pack(announcement))
+            request = _with("POST", "/v1/contributions", announcement)
             try:
                 cut = partial(self.pace.broke, len(announcement.body or b""))
                 upload = _understood(Upload, await self._ask(request, broke=cut))
@@ -235,6 +238,8 @@ class Link:
 
     async def _once(self, request: Request) -> Reply:
         reply = await self._transport.send(request)
+        if is_damaged(reply.body, reply.headers.get(DIGEST_HEADER.lower())):
+            raise TransientError("the answer was damaged on its way")
         if reply.status < 300:
             return reply
         problem = _problem(reply.body, reply.status)
@@ -296,6 +301,12 @@ async def _plainly(work: Coroutine[None, None, None]) -> Exception | None:
     except (RefusedError, FaultError, _BrokeError) as error:
         return error
     return None
+
+
+def _with(method: str, path: str, message: Message, *, control: bool = False) -> Request:
+    """A request that carries a message."""
+    body = pack(message)
+    return Request(method, path, body=body, headers={DIGEST_HEADER: content_digest(body)}, control=control)
 
 
 def _problem(data: bytes, status: int) -> Refusal:

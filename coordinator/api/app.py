@@ -18,6 +18,7 @@ from coordinator.service import Coordinator
 from coordinator.tokens import check_token
 from shared.config import SITE_NAME
 from shared.protocol import (
+    DIGEST_HEADER,
     INLINE_BYTES,
     MEDIA_TYPE,
     MESSAGE_BYTES,
@@ -30,6 +31,8 @@ from shared.protocol import (
     Manifest,
     Message,
     OpenUpload,
+    content_digest,
+    is_damaged,
     pack,
     unpack,
 )
@@ -229,12 +232,16 @@ class Api:
             self._coordinator.check_run(run)
 
     async def _body(self, request: web.Request, site: str, limit: int, *, uploads: bool = False) -> bytes:
-        """The whole body, bounded: in size, and in the time that it may take."""
+        """The whole body as it was sent, bounded: in size, and in the time that it may take."""
         try:
             async with asyncio.timeout(SLOWEST_SECONDS):
-                return b"".join([piece async for piece in self._pieces(request, site, limit, uploads=uploads)])
+                body = b"".join([piece async for piece in self._pieces(request, site, limit, uploads=uploads)])
         except TimeoutError:
             raise Refused(Code.CUT, f"the body did not come within {SLOWEST_SECONDS:g} s") from None
+        encoded = "Content-Encoding" in request.headers  # and what was sent is not what is here
+        if not encoded and is_damaged(body, request.headers.get(DIGEST_HEADER)):
+            raise Refused(Code.CUT, f"the body was damaged on its way: it is not what {DIGEST_HEADER} says")
+        return body
 
     async def _pieces(
         self, request: web.Request, site: str, limit: int, *, uploads: bool = False
@@ -303,7 +310,8 @@ def _seconds(text: str) -> float:
 
 
 def _message(message: Message) -> web.Response:
-    return web.Response(body=pack(message), content_type=MEDIA_TYPE)
+    body = pack(message)
+    return web.Response(body=body, content_type=MEDIA_TYPE, headers={DIGEST_HEADER: content_digest(body)})
 
 
 def _json(document: object) -> web.Response:

@@ -11,7 +11,7 @@ from aiohttp import web
 from coordinator.metrics import Metrics
 from coordinator.refused import Refused
 from shared.errors import FormatError
-from shared.protocol import PROBLEM_TYPE, SITE_HEADER, Code
+from shared.protocol import DIGEST_HEADER, PROBLEM_TYPE, SITE_HEADER, Code, content_digest
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -53,9 +53,9 @@ def problem(refused: Refused) -> web.Response:
     body |= {"detail": refused.detail, "code": refused.code.value}
     if refused.version is not None:
         body["version"] = refused.version
-    return web.Response(
-        status=status, text=json.dumps(body), content_type=PROBLEM_TYPE, headers={"Cache-Control": "no-store"}
-    )
+    text = json.dumps(body)
+    headers = {"Cache-Control": "no-store", DIGEST_HEADER: content_digest(text.encode())}
+    return web.Response(status=status, text=text, content_type=PROBLEM_TYPE, headers=headers)
 
 
 def problems(metrics: Metrics, knows_site: Callable[[str], bool]) -> Callable[..., Awaitable[web.StreamResponse]]:

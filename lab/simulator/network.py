@@ -178,7 +178,7 @@ class Imagined(Transport):
         if unanswered or self.wire.cut:
             await asyncio.sleep(QUIET_SECONDS * self.rng.random())
             raise TransientError("cut")
-        if request.method == "GET" and reply.status == 200 and chance() < weather.damaged:
+        if reply.body and chance() < weather.damaged:
             return self._damaged(reply)
         return reply
 
@@ -234,9 +234,9 @@ class Imagined(Transport):
         task.add_done_callback(self._copies.discard)
 
     def _damaged(self, reply: Reply) -> Reply:
-        """An object that arrives cut, or with a bit that is another."""
-        if self.rng.random() < 0.5 or not reply.body:
-            raise TransientError("cut", Reply(200, reply.headers, reply.body[: len(reply.body) // 2]))
+        """An answer that arrives cut, or with a bit that is another."""
+        if self.rng.random() < 0.5:
+            raise TransientError("cut", Reply(reply.status, reply.headers, reply.body[: len(reply.body) // 2]))
         body = bytearray(reply.body)
         body[self.rng.randrange(len(body))] ^= 1 << self.rng.randrange(8)
         return Reply(reply.status, reply.headers, bytes(body))

@@ -32,6 +32,8 @@ from shared.protocol import (
     ShardLease,
     ShardMessage,
     Upload,
+    content_digest,
+    is_damaged,
     pack,
     unpack,
 )
@@ -122,6 +124,18 @@ MESSAGES: list[Message] = [
 
 def unpack_changed(message: Message, **fields: object) -> Message:
     return unpack(type(message), msgpack.packb({**msgpack.unpackb(pack(message)), **fields}))
+
+
+def test_a_body_that_is_not_what_its_digest_says_is_damaged() -> None:
+    # RFC 9530, appendix B.1
+    body = b'{"hello": "world"}\n'
+    digest = "sha-256=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:"
+    assert content_digest(body) == digest
+    assert not is_damaged(body, digest)
+    assert not is_damaged(body, f"unixsum=:bQ==:, {digest}")
+    assert is_damaged(body[:-1], digest)
+    assert not is_damaged(body, None)
+    assert not is_damaged(body, "sha-512=:YQ==:"), "no other kind is looked at"
 
 
 def test_the_list_above_holds_every_message() -> None:

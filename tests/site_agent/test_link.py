@@ -9,7 +9,7 @@ import pytest
 
 from lab.simulator.loop import VirtualLoop
 from shared.errors import FaultError
-from shared.protocol import OpenUpload, Outcome, Upload, pack, unpack
+from shared.protocol import DIGEST_HEADER, Leave, OpenUpload, Outcome, Upload, content_digest, pack, unpack
 from shared.wire import blob_digest
 from site_agent import link
 from site_agent.core.upload_pace import FIRST_BYTES
@@ -106,6 +106,27 @@ async def test_a_beginning_that_was_damaged_is_not_kept_for_ever() -> None:
     damaged = TransientError("cut", Reply(200, WHOLE, bytes(500)))
     got, _ = await delta(damaged, rest, Reply(200, WHOLE, BODY))
     assert got == BODY
+
+
+@pytest.mark.parametrize("status", [204, 409])
+async def test_an_answer_that_was_damaged_on_its_way_is_asked_for_again(status: int) -> None:
+    said = b'{"code": "wrong-run", "detail": ""}'
+    sealed = {DIGEST_HEADER.lower(): content_digest(said)}
+    transport = Scripted(Reply(status, sealed, said.replace(b"run", b"gun")), Reply(204, {}, b""))
+    linked = Link(transport, "eu", patience=60.0)
+    linked.run = "r"
+    await linked.leave("s", 60.0)
+    assert len(transport.asked) == 2
+
+
+async def test_a_message_goes_with_its_digest() -> None:
+    transport = Scripted(Reply(204, {}, b""))
+    linked = Link(transport, "eu", patience=60.0)
+    linked.run = "r"
+    await linked.leave("s", 60.0)
+    (request,) = transport.asked
+    assert request.body == pack(Leave(run="r", session="s"))
+    assert request.headers[DIGEST_HEADER] == content_digest(request.body)
 
 
 @pytest.mark.parametrize("headers", [{}, {"etag": 'W/"weak"', "content-length": "9"}, {"etag": TAG}])

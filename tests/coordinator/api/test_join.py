@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared.errors import FormatError
 from shared.protocol import (
+    DIGEST_HEADER,
     MESSAGE_BYTES,
     PART_BYTES,
     PROTOCOL,
@@ -25,6 +26,8 @@ from shared.protocol import (
     Manifest,
     OpenUpload,
     Upload,
+    content_digest,
+    pack,
     unpack,
 )
 
@@ -81,6 +84,16 @@ async def test_every_truncation_of_a_message_is_refused(fleet: Any) -> None:
     body = msgpack.packb(site.beating().model_dump())
     for length in range(0, len(body), 7):
         assert (await site.ask("POST", "/v1/sites/eu/heartbeat", body[:length])).is_problem(400, "bad-request")
+    await goes_on(site)
+
+
+async def test_a_message_that_a_link_has_changed_is_not_believed(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    sent, arrived = pack(site.beating(steps=5)), pack(site.beating(steps=6))
+    sealed = {DIGEST_HEADER: content_digest(sent)}
+    assert (await site.ask("POST", "/v1/sites/eu/heartbeat", arrived, headers=sealed)).is_problem(408, "cut")
+    answer = await site.ask("POST", "/v1/sites/eu/heartbeat", sent, headers=sealed)
+    assert answer.headers[DIGEST_HEADER] == content_digest(answer.body)
     await goes_on(site)
 
 
