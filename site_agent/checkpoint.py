@@ -104,6 +104,18 @@ def oldest_record(directory: Path) -> int:
     return min(oldest, default=0)
 
 
+def oldest_versions(directory: Path) -> dict[int, int]:
+    """Of each fragment the oldest version that a kept checkpoint is at; empty where none can say."""
+    oldest: dict[int, int] = {}
+    for path in directory.glob("step-*"):
+        try:
+            for p, (version, _, _) in enumerate(_manifest(path)[0]["anchors"]):
+                oldest[p] = min(oldest.get(p, version), int(version))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+    return oldest
+
+
 def oldest_lease(directory: Path) -> int:
     """The newest lease of data that the oldest kept checkpoint knows; -1 where none can say."""
     known = []

@@ -30,6 +30,7 @@ from shared.task import Manifest
 from shared.wire import blob_digest, container_bound, open_container
 from site_agent.contribution import Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
+from site_agent.history import History
 from site_agent.link import Link, Refusal, backoff
 from site_agent.metrics import Metrics
 from site_agent.outbox import Outbox
@@ -54,9 +55,12 @@ class Accepted:
 
 @dataclass(frozen=True)
 class ArrivedAnchor:
+    """A version is here. `jumped`: by a snapshot, and not by the deltas of those before."""
+
     fragment: int
     anchor: Anchor
     how: How
+    jumped: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,17 +142,27 @@ class Courier:
         self._layout: Layout
         self._wire: WireTable
         self._outbox: Outbox
+        self._history: History
+        self._keeping: dict[int, asyncio.Future[None]] = {}
         self._follows = False
 
     # -- called by the learner, who never waits for them
 
-    def begin_exchange(self, layout: Layout, wire: WireTable, outbox: Outbox) -> None:
+    def begin_exchange(self, layout: Layout, wire: WireTable, outbox: Outbox, history: History) -> None:
         """What it needs to know of the run before contributions and versions can travel."""
-        self._layout, self._wire, self._outbox = layout, wire, outbox
+        self._layout, self._wire, self._outbox, self._history = layout, wire, outbox, history
 
     def send(self, parcel: Parcel) -> None:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
         self._start(lambda: self._deliver(parcel))
+
+    def repeat(self, parcel: Parcel, version: int) -> None:
+        """Nothing is sent: of this contribution it is known that it was accepted, and that `version` came next."""
+        self._start(lambda: self._retrace(parcel.fragment, parcel.anchor, version, "align", parcel))
+
+    def retrace(self, fragment: int, anchor: Anchor, version: int, how: How) -> None:
+        """Brings exactly `version`, which this site has been at before."""
+        self._start(lambda: self._retrace(fragment, anchor, version, how, None))
 
     def await_version(self, fragment: int, anchor: Anchor, version: int) -> None:
         """Brings the version that holds a contribution which was accepted before a restart."""
@@ -337,6 +351,8 @@ class Courier:
     async def _offer(self, parcel: Parcel) -> Accepted | _Turned:
         """Sends a contribution until it is known what became of it."""
         p = parcel.fragment
+        if (keeping := self._keeping.get(p)) is not None:
+            await keeping  # what is in the outbox, can be made again on the version that it was made on
         body, base, residual = await asyncio.to_thread(self._prepare, parcel)
         digest = blob_digest(body)
         while True:
@@ -409,12 +425,25 @@ class Courier:
 
     async def _bring(self, p: int, anchor: Anchor | None, version: int, how: How) -> None:
         """Posts the anchor of `version`, waiting for it, or of a newer one where only that is to be had."""
-        if anchor is None or not self._deltas_are_less(p, version - anchor.version):
+        jumped = anchor is None or not self._deltas_are_less(p, version - anchor.version)
+        if anchor is None or jumped:
             anchor = await self._by_snapshot(p, version)
         while anchor.version < version:
             # A snapshot is of what is published; what is not published yet comes as deltas.
-            anchor = await self._by_deltas(p, anchor, version) or await self._by_snapshot(p, version)
-        self._post(ArrivedAnchor(p, anchor, how))
+            along = await self._by_deltas(p, anchor, version)
+            jumped |= along is None
+            anchor = along or await self._by_snapshot(p, version)
+        self._post(ArrivedAnchor(p, anchor, how, jumped))
+
+    async def _retrace(self, p: int, anchor: Anchor, version: int, how: How, delivered: Parcel | None) -> None:
+        """Posts the acceptance of what is known to be `delivered`, then the anchor of `version`."""
+        if delivered is not None:
+            _, _, residual = await asyncio.to_thread(self._prepare, delivered)
+            self._post(Accepted(p, version, residual))
+        along = await self._by_deltas(p, anchor, version)
+        if along is None:
+            raise FaultError(f"version {version} of fragment {p} cannot be come back to; start this agent again")
+        self._post(ArrivedAnchor(p, along, how))
 
     def _deltas_are_less(self, p: int, count: int) -> bool:
         """Whether so many deltas are fewer bytes than one snapshot (fp32), by the size of the last or largest one."""
@@ -425,6 +454,9 @@ class Courier:
     async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
         """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
         while anchor.version < version:
+            if (known := await asyncio.to_thread(self._by_history, p, anchor)) is not None:
+                anchor = known
+                continue
             try:
                 data = await self._link.delta(p, anchor.version + 1)
             except Refusal as refusal:
@@ -438,7 +470,33 @@ class Courier:
                 self.count_repair()
                 log.error("fragment %d: %s; repaired from a snapshot", p, error)
                 return None
+            await self._keep(p, anchor.version, data)
         return anchor
+
+    def _by_history(self, p: int, anchor: Anchor) -> Anchor | None:
+        """The version after `anchor`, where this site has been at it before."""
+        data = self._history.read(p, anchor.version + 1)
+        if data is None:
+            return None
+        try:
+            return self._apply(self._layout.fragments[p], anchor, data)
+        except FormatError as error:
+            log.error("fragment %d: the history's %s; asking the coordinator", p, error)
+            self._history.drop(p, anchor.version + 1)
+            return None
+
+    async def _keep(self, p: int, version: int, data: bytes) -> None:
+        """Puts a delta into the history, while whoever waits for its version goes on."""
+        if (before := self._keeping.get(p)) is not None:
+            await before
+
+        def put() -> None:
+            try:
+                self._history.put(p, version, data)
+            except OSError as error:
+                log.error("a delta is not in the history (%s): if this agent is killed, it starts anew", error)
+
+        self._keeping[p] = asyncio.ensure_future(asyncio.to_thread(put))
 
     async def _by_snapshot(self, p: int, version: int) -> Anchor:
         for attempt in range(1, SNAPSHOT_TRIES + 1):

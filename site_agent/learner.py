@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from site_agent.contribution import Anchor, DivergedError, Parcel
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
 from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop, Touch
+from site_agent.history import History
 from site_agent.metrics import Metrics
 from site_agent.outbox import Outbox, Replays
 from site_agent.training.leased import LeasedStream
@@ -100,6 +101,17 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class _Missing:
+    """A version that is to be fetched before training goes on: from `anchor` (None: whole), and how to take it up.
+    `exactly`: this site has been at it before, and goes on from it."""
+
+    anchor: Anchor | None
+    version: int
+    how: How
+    exactly: bool = False
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a learner keeps its checkpoints: the directory, how often (seconds), who writes them, and the disk."""
 
@@ -140,16 +152,19 @@ class Learner:
         self.anchors: list[Anchor] = []
         self.snapshots: dict[int, F32] = {}
         self.residuals: dict[int, F32] = {}
-        self.arrivals: dict[int, Anchor] = {}
+        self.arrivals: dict[int, ArrivedAnchor] = {}
         self._streams, self._evaluator, self._clock = streams, evaluator, clock
         self._orders, self._at_join, self._step_seconds = joined.orders, joined.fragments, calibrated
         self._saving: Future[bool] | None = None
         self._alone = False
         self._outbox = Outbox(place.directory / "outbox", place.disk)
+        self._history = History(place.directory / "versions", place.disk)
         self._replays = Replays()
+        self._jumped = False
+        """A version was taken up that the history does not lead to."""
         self._numbers: dict[int, int] = {}
         """Of the contributions on their way, by fragment: their numbers in the outbox."""
-        courier.begin_exchange(self.layout, run.wire, self._outbox)
+        courier.begin_exchange(self.layout, run.wire, self._outbox, self._history)
         self._loss: float | None = None
         self._to_evaluate = joined.orders.evaluate
 
@@ -159,32 +174,39 @@ class Learner:
         """All of it."""
         self.stream = self._stream_of(self._orders)
         saved = checkpoint.load_newest(self.place.directory, self.run_id, self.lineage)
-        newest = yield from self._fetch_anchors()
-        self.courier.report = Report("ready", step_seconds=self._step_seconds)
-        while not self._orders.started:
-            self._take_in((yield Hear()))
-        if saved is None:
-            self._begin(newest)
-        elif saved[1]["run"] != self.run_id:
-            self._begin_again(*saved, newest)
+        if saved is not None and saved[1]["run"] == self.run_id:
+            missing = self._restore(*saved)
+            self._resume((yield from self._fetch(missing)))
         else:
-            self._resume(*saved, newest)
+            missing = {p: _Missing(None, at.version, "overwrite") for p, at in enumerate(self._at_join)}
+            found = yield from self._fetch(missing)
+            newest = [found[p].anchor for p in range(len(found))]
+            if saved is None:
+                self._begin(newest)
+            else:
+                self._begin_again(*saved, newest)
         yield from self._train()
 
-    def _fetch_anchors(self) -> Generator[Need, Sequence[Event], list[Anchor]]:
-        """Every fragment's newest published version."""
-        for p, fragment in enumerate(self._at_join):
-            self.courier.fetch(p, None, fragment.version, "overwrite")
-        found: dict[int, Anchor] = {}
-        while len(found) < len(self._at_join):
+    def _fetch(self, missing: Mapping[int, _Missing]) -> Generator[Need, Sequence[Event], dict[int, ArrivedAnchor]]:
+        """Versions of fragments, once they are here and the run has started."""
+        for p, each in missing.items():
+            if each.exactly and each.anchor is not None:
+                self.courier.retrace(p, each.anchor, each.version, each.how)
+            else:
+                self.courier.fetch(p, each.anchor, each.version, each.how)
+        found: dict[int, ArrivedAnchor] = {}
+        while len(found) < len(missing):
             others: list[Event] = []
             for event in (yield Hear()):
                 if isinstance(event, ArrivedAnchor):
-                    found[event.fragment] = event.anchor
+                    found[event.fragment] = event
                 else:
                     others.append(event)
             self._take_in(others)
-        return [found[p] for p in range(len(found))]
+        self.courier.report = Report("ready", step_seconds=self._step_seconds)
+        while not self._orders.started:
+            self._take_in((yield Hear()))
+        return found
 
     def _begin_again(self, tensors: dict[str, Tensor], manifest: dict[str, Any], newest: list[Anchor]) -> None:
         """The coordinator was restored from a mirror, to an earlier time: what this site has delivered since, and which
@@ -211,6 +233,7 @@ class Learner:
         elif before is not None:
             self._go_on_in_the_data(before)
         self._outbox.prune(sys.maxsize)
+        self._history.clear()
         for p, anchor in enumerate(anchors):
             self._await_own(p, anchor, self._at_join[p])
         # Before the first contribution: from here on whatever is sent can be accounted for after a restart.
@@ -237,10 +260,10 @@ class Learner:
         )
         self.courier.await_version(p, newest, contributed + 1)
 
-    def _resume(self, tensors: dict[str, Tensor], manifest: dict[str, Any], newest: list[Anchor]) -> None:
-        """Goes on from a local checkpoint: trains the steps since again, and sends what it had contributed of them as
-        it was; see site_agent.outbox."""
-        fragments = range(len(newest))
+    def _restore(self, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> dict[int, _Missing]:
+        """The state of a local checkpoint: what is trained from here on are the steps since again, and what was
+        contributed of them comes up as it was; see site_agent.outbox. What versions that takes, by fragment."""
+        fragments = range(len(self._at_join))
         self.trainer.load_state(tensors, manifest["optimizer"])
         torch.set_rng_state(tensors["random"])
         self.core = core = checkpoint.unpack_core(manifest["core"], self.settings, self._clock())
@@ -257,32 +280,50 @@ class Learner:
         self.residuals = {p: tensors[f"residual.{p}"].numpy() for p in fragments if f"residual.{p}" in tensors}
         self.stream = self._stream_of(self._orders)
         self._go_on_in_the_data(manifest)
-        self._replays.restore(self._outbox.load(self.run_id, self.layout), manifest["outbox"])
+        records = self._outbox.load(self.run_id, self.layout)
+        self._replays.restore(records, manifest["outbox"])
         self._numbers = {int(p): number for p, number in manifest["numbers"].items()}
-        for p, view in enumerate(core.fragments):
-            self._resume_fragment(p, view.in_flight, newest[p], self._at_join[p])
+        self._check_the_history()
+        sent = {record.number for record in records}
+        missing = {p: each for p in fragments if (each := self._missing(p, sent)) is not None}
         self._note_records()
         log.info("continuing from the checkpoint of step %d", core.steps)
+        return missing
 
-    def _resume_fragment(self, p: int, flight: InFlight | None, newest: Anchor, at_join: FragmentVersion) -> None:
-        view, anchor, contributed = self.core.fragments[p], self.anchors[p], at_join.contributed
+    def _check_the_history(self) -> None:
+        """Contributions come up again on the versions that they were made on, or not at all."""
+        bases = {p: [record.base_version for record in self._replays.pending(p)] for p in range(len(self.anchors))}
+        if all(self._history.covers(p, self.anchors[p].version, max(each, default=0)) for p, each in bases.items()):
+            return
+        log.error("versions that were contributed to since the checkpoint are not in the history; starting from newer")
+        delivered = max(sum(record.steps for record in self._replays.pending(p)) for p in bases)
+        for p in bases:
+            self._replays.forget(p)
+        for _ in range(delivered):
+            if not self._starved():
+                next(self.stream)  # it is in the model
+
+    def _missing(self, p: int, sent: Collection[int]) -> _Missing | None:
+        """What fragment `p` lacks to go on from the checkpoint. `sent`: the numbers of what is in the outbox."""
+        view, anchor, at_join = self.core.fragments[p], self.anchors[p], self._at_join[p]
+        flight, recorded, contributed = view.in_flight, self._replays.pending(p), at_join.contributed
         sound = digest_flat(anchor.flat, self.layout.fragments[p].chunks()) == anchor.digest
         if not sound:
             log.error("fragment %d: the checkpoint's anchor is damaged; repaired from the published version", p)
             self.courier.count_repair()
-        recorded = self._replays.pending(p)
         known = max([-1 if flight is None else flight.base_version, *(record.base_version for record in recorded)])
         if sound and contributed <= known:
-            if flight is not None and flight.holding is not None:
-                self.courier.await_version(p, anchor, flight.holding)
-            elif flight is not None:
-                self.courier.send(self._parcel(p, flight.tokens, flight.steps, self._numbers[p], recorded=True))
-            elif not recorded and newest.version > anchor.version:
-                self._arrive(p, newest, "rebase")
-            return
-        view.in_flight = None
+            refused = recorded and flight is not None and flight.holding is None and self._numbers[p] not in sent
+            if refused:
+                self._abandon(p)  # or it would be in the outbox, as those after it
+            if view.in_flight is not None:
+                return None
+            if recorded:
+                ahead = recorded[0].base_version > anchor.version
+                return _Missing(anchor, recorded[0].base_version, "rebase", exactly=True) if ahead else None
+            return _Missing(anchor, at_join.version, "rebase") if at_join.version > anchor.version else None
+        self._abandon(p)
         self._replays.forget(p)
-        self.snapshots.pop(p, None)
         if contributed >= anchor.version or not sound:
             # What was trained since was delivered, and how much of it is not known (the outbox is lost): the published
             # weights take its place, at once.
@@ -290,11 +331,31 @@ class Learner:
                 "fragment %d: the outbox does not know what was contributed; starting from the newest version", p
             )
             self.residuals.pop(p, None)
-            self._arrive(p, newest, "overwrite")
-            self._align(p, "overwrite")
-            self._await_own(p, newest, at_join)
-        elif newest.version > anchor.version:
-            self._arrive(p, newest, "rebase")
+            return _Missing(anchor if sound else None, at_join.version, "overwrite")
+        return _Missing(anchor, at_join.version, "rebase") if at_join.version > anchor.version else None
+
+    def _abandon(self, p: int) -> None:
+        """The contribution of fragment `p` that was on its way in the checkpoint is not any more."""
+        self.core.fragments[p].in_flight = None
+        self.snapshots.pop(p, None)
+
+    def _resume(self, found: Mapping[int, ArrivedAnchor]) -> None:
+        """Training goes on, with the versions that were missing."""
+        for p, arrival in found.items():
+            self._arrive(arrival)
+            if arrival.how == "overwrite":
+                self._align(p, "overwrite")
+                self._await_own(p, arrival.anchor, self._at_join[p])
+        for p, view in enumerate(self.core.fragments):
+            flight, anchor, follows = view.in_flight, self.anchors[p], self._replays.next_base(p)
+            if flight is None or p in found:
+                continue
+            if flight.holding is None:
+                self._send(self._parcel(p, flight.tokens, flight.steps, self._numbers[p], recorded=True))
+            elif follows is None:
+                self.courier.await_version(p, anchor, flight.holding)
+            else:
+                self.courier.retrace(p, anchor, follows, "align")
 
     def _note_records(self) -> None:
         """Tells the core when contributions from before a restart come up again."""
@@ -365,6 +426,10 @@ class Learner:
 
     def _contribute(self, due: Snapshot) -> None:
         """Sends the fragment's progress; what was sent of it before a restart, as it was."""
+        if self._jumped:
+            # The history does not lead here: whoever goes on from a checkpoint must not have to come here again.
+            self.save_before_leaving()
+            self._saved_at, self._jumped = self._clock(), False
         p, record = due.fragment, self._replays.take(due.fragment)
         if record is not None:
             due = Snapshot(p, record.base_version, record.tokens, record.steps)
@@ -372,11 +437,21 @@ class Learner:
         self.core.snapshot_taken(due, self._clock())
         self.snapshots[p] = self.trainer.read(p)
         self._numbers[p] = number = record.number if record is not None else self._replays.number()
-        self.courier.send(self._parcel(p, due.tokens, due.steps, number, recorded=record is not None))
+        self._send(self._parcel(p, due.tokens, due.steps, number, recorded=record is not None))
+
+    def _send(self, parcel: Parcel) -> None:
+        """Where another one was sent after it before a restart, it was accepted, and what version came next is known:
+        nobody need be asked."""
+        follows = self._replays.next_base(parcel.fragment) if parcel.recorded else None
+        if follows is None:
+            self.courier.send(parcel)
+        else:
+            self.courier.repeat(parcel, follows)
 
     def _align(self, p: int, how: How) -> None:
         """Takes up the arrived version of fragment `p`."""
-        arrived, rounds = self.arrivals.pop(p), self.run_config.rounds
+        arrival, rounds = self.arrivals.pop(p), self.run_config.rounds
+        arrived, self._jumped = arrival.anchor, self._jumped or arrival.jumped
         theta, anchor, snapshot = self.trainer.read(p), self.anchors[p].flat, self.snapshots.pop(p, None)
         self.trainer.write(p, take_up(how, theta, anchor, snapshot, arrived.flat, rounds.align, rounds.blend))
         self.anchors[p] = arrived
@@ -400,8 +475,8 @@ class Learner:
                     self.residuals.pop(p, None)
                     if residual is not None:
                         self.residuals[p] = residual
-                case ArrivedAnchor(p, anchor, how):
-                    self._arrive(p, anchor, how)
+                case ArrivedAnchor():
+                    self._arrive(event)
                 case Ordered(orders):
                     self._obey(orders)
                 case Touch(answers):
@@ -428,9 +503,9 @@ class Learner:
             steps = self.settings.outage_steps
             log.warning("the coordinator cannot be reached; training goes on for up to %d steps without it", steps)
 
-    def _arrive(self, p: int, anchor: Anchor, how: How) -> None:
-        self.arrivals[p] = anchor
-        self.core.arrived(p, anchor.version, anchor.tokens, how)
+    def _arrive(self, arrival: ArrivedAnchor) -> None:
+        self.arrivals[arrival.fragment] = arrival
+        self.core.arrived(arrival.fragment, arrival.anchor.version, arrival.anchor.tokens, arrival.how)
 
     def _obey(self, orders: Orders) -> None:
         before, self._orders = self._orders, orders
@@ -515,6 +590,7 @@ class Learner:
             checkpoint.save(self.place.directory, step, tensors, manifest, self.place.disk, alone=self._alone)
             self._alone = False
             self._outbox.prune(checkpoint.oldest_record(self.place.directory))
+            self._history.prune(checkpoint.oldest_versions(self.place.directory))
         except OSError as error:
             log.error("no checkpoint could be written to %s: %s", self.place.directory, error)
             return False

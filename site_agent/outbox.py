@@ -43,8 +43,10 @@ class Outbox:
         self._directory, self._disk = directory, disk
 
     def load(self, run: str, layout: Layout) -> list[Record]:
-        """What is there, in order. Files that are damaged, or of another run, are dropped."""
+        """What is there, in order. Files that are damaged, half written, or of another run, are dropped."""
         records = []
+        for leftover in self._directory.glob(".*"):
+            self._disk.remove(leftover)
         for path in sorted(self._directory.glob("*.isthmus")):
             try:
                 number, fragment = (int(part) for part in path.stem.split("-p"))
@@ -115,6 +117,11 @@ class Replays:
 
     def forget(self, fragment: int) -> None:
         self._pending.pop(fragment, None)
+
+    def next_base(self, fragment: int) -> int | None:
+        """The version that the next one was made on."""
+        pending = self.pending(fragment)
+        return pending[0].base_version if pending else None
 
     def number(self) -> int:
         """A number for a new contribution."""

@@ -188,9 +188,17 @@ class Auditor:
 
     def site_went_on(self, site: str, learner: Learner) -> None:
         """A site has done what its news led to: what it delivered and what it holds must be what it has trained."""
-        if not learner.training or self._config.rounds.align != "carry" or site in self.forgetful:
+        if not learner.training:
             return
         self.checks += 1
+        for p, view in enumerate(learner.core.fragments):
+            if view.in_flight is not None and view.in_flight.base_version != learner.anchors[p].version:
+                self._violated(
+                    "a contribution is made on its base",
+                    f"site {site}, fragment {p}: base {view.in_flight.base_version} at {learner.anchors[p].version}",
+                )
+        if self._config.rounds.align != "carry" or site in self.forgetful:
+            return
         taken = self._strides[site].after(learner.stream.state_dict()["position"])
         for p, view in enumerate(learner.core.fragments):
             flight = view.in_flight

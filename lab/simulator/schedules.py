@@ -28,9 +28,7 @@ def schedule_of(seed: int) -> Schedule:
     weather = {site: _weather(rng) for site in sites}
     length = 5 + 4 * STEPS * max(pace.values())
     faults = sorted((_fault(rng, sites, length) for _ in range(rng.randrange(1, 5))), key=lambda f: f.at)
-    # A site that trains again takes up the versions that it took up, as long as these are kept.
     repeats = config.rounds.quorum == "all" and config.rounds.deadline_seconds == FOR_EVER
-    repeats &= config.store.keep_versions > 1
     if repeats:
         # A site whose own disk fails may forget what it sent.
         faults = [fault for fault in faults if fault.whom == "coordinator" or fault.kind not in ("full", "broken")]

@@ -16,11 +16,15 @@ from coordinator.core.run import RunCore
 from coordinator.intake import Intake
 from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal, StoredRound
-from lab.simulator.schedules import schedule_of
+from lab.simulator.audit import Auditor, Violation
+from lab.simulator.network import Weather
+from lab.simulator.schedules import COUNTING, FOR_EVER, STEPS, TOKENS_PER_STEP, schedule_of
 from lab.simulator.simulate import prepare, run_schedule, simulate
-from lab.simulator.world import Schedule, World
+from lab.simulator.world import Fault, Schedule, World
+from shared.config import RunConfig, parse
 from site_agent.contribution import left_of
-from site_agent.core.alignment import How
+from site_agent.courier import ArrivedAnchor, Courier
+from site_agent.history import History
 from site_agent.learner import Learner
 from site_agent.training.leased import LeasedStream
 
@@ -116,10 +120,11 @@ def test_a_replay_in_order_of_arrival_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     arrive = Learner._arrive
 
-    def advancing(self: Learner, p: int, anchor: Any, how: How) -> None:
+    def advancing(self: Learner, arrival: ArrivedAnchor) -> None:
+        p = arrival.fragment
         flight = self.core.fragments[p].in_flight
         number = self._numbers.get(p, -1)
-        if how == "rebase" and flight is not None and p in self.snapshots:
+        if arrival.how == "rebase" and flight is not None and p in self.snapshots:
             parcel = self._parcel(p, flight.tokens, flight.steps, number, recorded=False)
             from shared.config import WireTable
             from site_agent.contribution import encode
@@ -127,7 +132,7 @@ def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytes
             wire = WireTable(upload=self.run_config.wire.upload)
             body, _ = encode(parcel, self.layout.fragments[p], wire, self.run_id, "a")
             self.residuals[p] = left_of(parcel, self.layout.fragments[p], body) - 1
-        arrive(self, p, anchor, how)
+        arrive(self, arrival)
 
     monkeypatch.setattr(Learner, "_arrive", advancing)
     assert "no step is lost or delivered twice" in found()
@@ -173,3 +178,86 @@ def test_progress_that_is_claimed_before_it_is_in_the_model_is_found(monkeypatch
 
     monkeypatch.setattr(LeasedStream, "progress", ahead)
     assert "no sequence is left out" in found(lambda schedule: schedule.leased)
+
+
+# ---- a site that comes back to versions that the coordinator has no more
+
+
+def long_ago(*faults: Fault, repeats: bool, quorum: str | int = "all", cycles: int = 12) -> Schedule:
+    """Two sites in a run of which only the newest delta is kept, and which save once, at their beginning."""
+    rounds = {"fragments": 1, "quorum": quorum, "overlap_steps": 1, "align": "carry", "deadline_seconds": FOR_EVER}
+    if quorum != "all":
+        rounds |= {"max_staleness": 1, "pacing": "equal-time"}
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "simulated", "tokens": 2 * cycles * STEPS * TOKENS_PER_STEP, "min_sites": 2},
+        "task": {"use": f"{COUNTING}:Counting", "fragments": 1},
+        "inner": {"steps": STEPS, "batch_size": 1, "schedule": "constant"},
+        "rounds": rounds,
+        "wire": {"upload": "int4", "publish": "int8"},
+        "store": {"keep_versions": 1, "checkpoint_versions": 1},
+    }
+    return Schedule(
+        seed=1,
+        config=parse(RunConfig, tables, "run.toml"),
+        sites=("a", "b"),
+        step_seconds={"a": 1.0, "b": 1.0},
+        weather={"a": Weather(), "b": Weather()},
+        faults=faults,
+        checkpoint_seconds=FOR_EVER,
+        lease_seconds=FOR_EVER if repeats else 30.0,
+        repeats=repeats,
+    )
+
+
+KILLED_LATE = long_ago(Fault(30.0, "kill", "b", 1.0), Fault(31.0, "kill", "a", 3.0), repeats=True)
+CUT_THEN_KILLED = long_ago(
+    Fault(8.0, "cut", "b", 20.0), Fault(50.0, "kill", "b", 2.0), repeats=False, quorum=1, cycles=30
+)
+
+
+def test_steps_are_trained_again_on_the_versions_that_they_were_trained_on(tmp_path: Path) -> None:
+    undisturbed = World(dataclasses.replace(KILLED_LATE, faults=()), tmp_path / "calm").run()
+    assert World(KILLED_LATE, tmp_path / "killed").run() == undisturbed
+
+
+def test_a_site_that_asks_the_coordinator_for_them_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Courier, "repeat", lambda self, parcel, version: self.send(parcel))
+    monkeypatch.setattr(Courier, "_by_history", lambda self, p, anchor: None)
+    with pytest.raises(Violation, match="a contribution is made on its base"):
+        World(KILLED_LATE, tmp_path / "killed").run()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_site_that_jumped_goes_on_from_there(tmp_path: Path, seed: int) -> None:
+    World(dataclasses.replace(CUT_THEN_KILLED, seed=seed), tmp_path / "killed").run()
+
+
+def test_a_jump_that_no_checkpoint_follows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "_jumped", property(lambda self: False, lambda self, jumped: None), raising=False)
+    with pytest.raises(Violation, match="no step is lost"):
+        World(CUT_THEN_KILLED, tmp_path / "killed").run()
+
+
+def test_without_its_history_a_site_begins_with_what_is_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has contributed since its checkpoint stays delivered, and the data of it is not trained again."""
+    monkeypatch.setattr(History, "put", lambda self, fragment, version, data: None)
+    positions: list[int] = []
+    resume = Learner._resume
+
+    def noted(self: Learner, found: Any) -> None:
+        resume(self, found)
+        positions.append(self.stream.state_dict()["position"])
+
+    monkeypatch.setattr(Learner, "_resume", noted)
+    world = World(KILLED_LATE, tmp_path / "killed")
+    monkeypatch.setattr(Auditor, "__init__", forgetful(Auditor.__init__))
+    world.run()
+    assert positions == [5, 6 * STEPS]
+
+
+def forgetful(begin: Callable[..., None]) -> Callable[..., None]:
+    def begun(self: Auditor, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.forgetful |= {"a", "b"}
+
+    return begun
