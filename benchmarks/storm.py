@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--faults-per-hour", type=float, default=250.0)
     parser.add_argument("--tokens", type=int, help="of each run")
     options = parser.parse_args()
-    tokens = options.tokens or (600_000 if options.quick else 17_000_000)
+    tokens = options.tokens or (600_000 if options.quick else 20_000_000)
     rows = [measure(tokens, 0.0, 0), measure(tokens, options.faults_per_hour * (3 if options.quick else 1), 0)]
     report("a storm over eight sites", copy_bytes_per_second(), rows, options.json)
     calm, storm = rows
