@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ async def leased(site: Any, report: DataReport) -> list[ShardLease]:
 
 
 def stopped_clock(fleet: Any) -> float:
-    """The time; from now on nobody but the test says what time it is."""
+    """The time, in whole seconds, so that sums of it are exact; from now on nobody but the test says what time it is."""
     fleet.coordinator._timekeeper.cancel()
-    now: float = fleet.coordinator.clock()
-    return now
+    return float(math.ceil(fleet.coordinator.clock()))
 
 
 def written(fleet: Any) -> list[tuple[int, int, str | None, tuple[int, ...]]]:
