@@ -45,7 +45,7 @@ def measure(
     fragment = _fragment(parameters)
     master = np.random.default_rng(0).standard_normal(fragment.size, dtype=np.float32)
     state = OuterState(fragment, master, master.copy())
-    rule = OuterRule("nesterov", 0.7, 0.9, publish, 1)
+    rule = OuterRule("nesterov", 0.7, 0.9, publish, 0)
     files = [Path(paths[n % len(paths)]) for n in range(contributions)]
     times, sent = [], 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -91,7 +91,7 @@ def _contribution(directory: Path, fragment: Fragment, n: int, codec: str) -> Pa
         version=0,
         digest="0" * 32,
         codec=codec,
-        zstd=True,
+        zstd=False,
         chunk=CHUNK_ELEMENTS,
         tensors=tensor_table(fragment),
         tokens=1,
@@ -100,7 +100,7 @@ def _contribution(directory: Path, fragment: Fragment, n: int, codec: str) -> Pa
     )
     delta = 1e-3 * np.random.default_rng(n + 1).standard_normal(fragment.size, dtype=np.float32)
     path = directory / f"{codec}-{n}.isthmus"
-    path.write_bytes(encode_flat(header, fragment, delta, 1))
+    path.write_bytes(encode_flat(header, fragment, delta, 0))
     return path
 
 

@@ -23,7 +23,6 @@ from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.uploads import SpooledUpload, Uploads, upload_id
 from coordinator.workers import Workers
-from shared.codecs.kernels import square_sum
 from shared.errors import FormatError
 from shared.protocol import INLINE_BYTES, Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
@@ -201,10 +200,10 @@ class Intake:
                     f"base {opening.base_version} of fragment {opening.fragment} at site {opening.site} is not what "
                     "was published; take a snapshot",
                 )
-            squares = sum(square_sum(values) for values in container.screened())
+            squares = container.screen()
         if not squares <= LARGEST_NORM**2:
             raise FormatError(f"its norm is beyond {LARGEST_NORM:g}, which no training survives")
-        return Screened(header, float(squares) ** 0.5)
+        return Screened(header, squares**0.5)
 
     def _known(self, site: str, id_: str) -> int | None:
         """The version that holds a contribution which is in the journal; however long ago it was accepted, a site that

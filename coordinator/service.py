@@ -145,7 +145,7 @@ class Coordinator:
             self.publication,
             workers,
             self.metrics,
-            config.wire.upload,
+            config.wire.upload_codec,
             self.lending,
             machine,
             self._carry_out,
@@ -365,7 +365,7 @@ class Coordinator:
         wire, needed = self.config.wire, 0
         for state in self._states:
             fragment, sites = state.fragment, max(1, len(self.core.roster))
-            a_round = container_bound(fragment, wire.publish) + sites * container_bound(fragment, wire.upload)
+            a_round = container_bound(fragment, wire.publish) + sites * container_bound(fragment, wire.upload_codec)
             needed += self.config.store.checkpoint_versions * a_round + 4 * fragment.size * (2 + len(state.slots))
         return needed
 

@@ -22,7 +22,6 @@ from coordinator.initial import initial_weights
 from coordinator.outer.step import OuterState, Weighted, outer_step
 from coordinator.service import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
-from shared.codecs.kernels import square_sum
 from shared.config import RunConfig
 from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
@@ -145,8 +144,7 @@ class TrainedRun(VirtualRun):
     def store(self, contribution: Contribution, sent: Any) -> None:
         encoded: bytes = sent[0]
         with open_container(encoded, self._layout.fragments[contribution.fragment]) as container:
-            squares = sum(square_sum(values) for values in container.screened())
-        self._stored[contribution.id] = (encoded, float(squares) ** 0.5)
+            self._stored[contribution.id] = (encoded, container.screen() ** 0.5)
 
     def merge(self, close: CloseRound) -> None:
         p = close.fragment

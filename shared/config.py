@@ -8,7 +8,7 @@ Keys beyond those of the design's section 4: `[run] min_sites` (a run of several
 with whoever came first, or its result depends on luck), `[store]` (how much history the coordinator
 keeps), `[devices] threads` and `throttle`, `[site] patience_seconds`, `checkpoint_seconds` and `evaluate`, and the
 keys of decoupled training (`[outer] partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`,
-`staleness_decay`). Their
+`staleness_decay`; `[wire] topk`, `feedback_decay`). Their
 reasons stand in docs/configuration.md.
 """
 
@@ -33,8 +33,10 @@ from pydantic import (
 
 from shared.errors import ConfigError
 
-UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2"]
 PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+TOPK_FEEDBACK = 0.95
+"""β of SparseLoCo (arXiv 2508.15706)."""
 RECEIVED = "received"
 MOST = 10**6
 """No count that is not one of tokens is larger: it must fit everything that it goes through."""
@@ -152,8 +154,31 @@ class RoundsTable(_Table):
 class WireTable(_Table):
     upload: UploadCodec = "int4"
     publish: PublishCodec = "int8"
+    topk: int = Field(128, ge=1, le=1024, description="of each 4096 elements so many are sent, from 1 to 1024")
     error_feedback: bool = True
+    feedback_decay: Literal["auto"] | float = Field("auto", description='β: "auto" or a number from 0 to 1')
     zstd_level: int = Field(1, ge=0, le=19, description="a whole number from 0 (off) to 19")
+
+    @field_validator("feedback_decay")
+    @classmethod
+    def _decay(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError("out of range")
+        return value
+
+    @property
+    def upload_codec(self) -> str:
+        """The codec of contributions, by its name in containers."""
+        return f"topk2-{self.topk}" if self.upload == "topk2" else self.upload
+
+    @property
+    def feedback(self) -> float:
+        """β of e ← βe + Δ, by which what was not sent is kept; 0 without error feedback."""
+        if not self.error_feedback:
+            return 0.0
+        if self.feedback_decay == "auto":
+            return TOPK_FEEDBACK if self.upload == "topk2" else 1.0
+        return self.feedback_decay
 
 
 class StoreTable(_Table):
@@ -202,6 +227,7 @@ class RunConfig(_Table):
             )
         _check_outer(outer)
         _check_rounds(rounds, outer)
+        _check_wire(self.wire, outer)
         if inner.warmup_tokens >= self.run.tokens:
             raise ValueError(
                 f"[inner] warmup_tokens = {inner.warmup_tokens} does not end within [run] tokens = {self.run.tokens}: "
@@ -281,6 +307,28 @@ def _check_rounds(rounds: RoundsTable, outer: OuterTable) -> None:
                 '[rounds] staleness_decay has no effect on rounds of one contribution with partial = "full": '
                 'drop it, or allow a grace, or partial = "share"'
             )
+
+
+def _check_wire(wire: WireTable, outer: OuterTable) -> None:
+    """Raises ValueError for settings of [wire] that cannot work together, or not with [outer]."""
+    stated = wire.model_fields_set
+    if wire.upload == "topk2":
+        if outer.optimizer != "sgd" and "momentum" not in outer.model_fields_set:
+            raise ValueError(
+                '[wire] upload = "topk2" is meant for an outer step without momentum (its error feedback is one), '
+                'and [outer] momentum is not stated: use [outer] optimizer = "sgd", or state momentum'
+            )
+        if not wire.error_feedback:
+            raise ValueError(
+                '[wire] upload = "topk2" without error_feedback never sends most of what is trained: drop '
+                'error_feedback = false, or upload = "int4"'
+            )
+    elif "topk" in stated:
+        raise ValueError(f'[wire] topk has no effect with upload = "{wire.upload}": drop it, or upload = "topk2"')
+    if not wire.error_feedback and "feedback_decay" in stated:
+        raise ValueError(
+            "[wire] feedback_decay has no effect with error_feedback = false: drop it, or error_feedback = true"
+        )
 
 
 def _toml(value: str | int) -> str:

@@ -11,10 +11,11 @@ section's raw size. Nothing here is trusted: every length is bounded by what the
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.codecs import CODECS, Codec
+from shared.codecs import Codec, codec_named
 from shared.codecs.kernels import F32, U8
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
@@ -79,7 +80,7 @@ def section_bound(raw_size: int) -> int:
 
 def container_bound(fragment: Fragment, codec: str) -> int:
     """The largest container, in bytes, that this fragment in this codec can be."""
-    sections = sum(section_bound(CODECS[codec].size(chunk.size)) for chunk in fragment.chunks())
+    sections = sum(section_bound(codec_named(codec).size(chunk.size)) for chunk in fragment.chunks())
     return _PREFIX.size + header_bound(fragment) + sections
 
 
@@ -119,16 +120,31 @@ def encode_flat(header: Header, fragment: Fragment, flat: F32, zstd_level: int, 
 
     `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
     """
-    codec = CODECS[header.codec]
+    codec = codec_named(header.codec)
     sections = []
     for chunk in fragment.chunks(header.chunk):
         x = flat[chunk.start : chunk.stop]
-        raw = codec.encode(x)
-        sections.append(pack_section(raw, zstd_level))
+        left = None
         if residual is not None:
-            np.copyto(residual[chunk.start : chunk.stop], x)
-            codec.accumulate(raw, -1.0, residual[chunk.start : chunk.stop])
+            left = residual[chunk.start : chunk.stop]
+            np.copyto(left, x)
+        sections.append(pack_section(codec.encode(x, left, -1.0), zstd_level))
     return pack_container(header, sections)
+
+
+class _Buffer(threading.local):
+    """Memory to read into, one piece per thread, as large as was ever asked for."""
+
+    def __init__(self) -> None:
+        self._held = memoryview(bytearray())
+
+    def of(self, size: int) -> memoryview:
+        if len(self._held) < size:
+            self._held = memoryview(bytearray(size))
+        return self._held[:size]
+
+
+_buffer = _Buffer()
 
 
 class Bytes:
@@ -138,8 +154,9 @@ class Bytes:
         self._data = memoryview(data)
         self.size = len(data)
 
-    def read(self, offset: int, size: int) -> bytes:
-        return bytes(self._data[offset : offset + size])
+    def read(self, offset: int, size: int) -> memoryview:
+        """At most `size` bytes from `offset` on, which is fewer at the end."""
+        return self._data[offset : offset + size]
 
     def close(self) -> None:
         self._data.release()
@@ -152,8 +169,14 @@ class File:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._descriptor).st_size
 
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
+    def read(self, offset: int, size: int) -> memoryview:
+        """At most `size` bytes from `offset` on, in memory that this thread's next reading of any file takes again:
+        fresh pages for every section would cost more than the reading."""
+        buffer = _buffer.of(size)
+        filled = 0
+        while filled < size and (got := os.preadv(self._descriptor, [buffer[filled:]], offset + filled)):
+            filled += got
+        return buffer[:filled]
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -171,13 +194,17 @@ class Container:
     _offsets: tuple[int, ...]
 
     def raw(self, section: int) -> U8:
-        """The raw bytes of one section. Raises FormatError where they are not what the header promised."""
-        size, raw_size = self.header.sizes[section], self.codec.size(self.chunks[section].size)
+        """The raw bytes of one section, which are this thread's until it reads another one.
+
+        Raises FormatError where they are not what the header promised.
+        """
+        size, elements = self.header.sizes[section], self.chunks[section].size
         data = self._source.read(self._offsets[section], size)
         if len(data) != size:
             raise FormatError(f"section {section} is cut short: {len(data)} of {size} bytes")
         if self.header.zstd:
-            data = _decompress(data, raw_size, section)
+            least, most = self.codec.least(elements), self.codec.size(elements)
+            return np.frombuffer(_decompress(data, least, most, section), dtype=np.uint8)
         return np.frombuffer(data, dtype=np.uint8)
 
     def accumulate(self, section: int, weight: float, acc: F32) -> None:
@@ -195,15 +222,17 @@ class Container:
         self.add_to(flat)
         return flat
 
-    def screened(self) -> Iterator[F32]:
-        """Each chunk decoded, in order. Raises FormatError naming the first section that is malformed."""
+    def screen(self) -> float:
+        """Σ of the squares of all that it decodes to, in one pass. Raises FormatError naming the first section that is
+        malformed, and memory for one section at a time is all that it takes."""
+        squares = []
         for section, chunk in enumerate(self.chunks):
             raw = self.raw(section)
             try:
-                self.codec.check(raw, chunk.size)
+                squares.append(self.codec.screen(raw, chunk.size))
             except FormatError as error:
                 raise FormatError(f"section {section}: {error}") from None
-            yield self.codec.decode(raw, chunk.size)
+        return math.fsum(squares)
 
     def close(self) -> None:
         self._source.close()
@@ -217,7 +246,7 @@ class Container:
 
 def read_header(source: Bytes | File, bound: int) -> tuple[Header, int]:
     """The header and the offset of the first section; `bound` limits the header's bytes."""
-    prefix = source.read(0, _PREFIX.size)
+    prefix = bytes(source.read(0, _PREFIX.size))
     if len(prefix) < _PREFIX.size or prefix[:7] != MAGIC[:7]:
         raise FormatError("not an Isthmus container: the magic is missing")
     magic, length = _PREFIX.unpack(prefix)
@@ -225,7 +254,7 @@ def read_header(source: Bytes | File, bound: int) -> tuple[Header, int]:
         raise FormatError(f"container format {magic[7]} is not known here; this is format {MAGIC[7]}")
     if length > bound:
         raise FormatError(f"the header claims {length} bytes; at most {bound} fit this fragment")
-    packed = source.read(_PREFIX.size, length)
+    packed = bytes(source.read(_PREFIX.size, length))
     if len(packed) != length:
         raise FormatError(f"the header is cut short: {len(packed)} of {length} bytes")
     try:
@@ -256,22 +285,21 @@ def _checked(reader: Bytes | File, fragment: Fragment, codecs: Sequence[str] | N
     header, start = read_header(reader, header_bound(fragment))
     if header.fragment != fragment.index:
         raise FormatError(f"the container is of fragment {header.fragment}, not {fragment.index}")
-    if header.codec not in (CODECS if codecs is None else codecs):
-        allowed = ", ".join(CODECS if codecs is None else codecs)
-        raise FormatError(f"codec {header.codec!r} is not allowed here; {allowed} would do")
+    if codecs is not None and header.codec not in codecs:
+        raise FormatError(f"codec {header.codec!r} is not allowed here; {', '.join(codecs)} would do")
     table = [(tensor.name, list(tensor.shape)) for tensor in fragment.tensors]
     if header.tensors != table:
         raise FormatError(f"the tensor table is not that of fragment {fragment.index}")
     if header.chunk != CHUNK_ELEMENTS:
         raise FormatError(f"chunks of {header.chunk} elements are not known here; {CHUNK_ELEMENTS} would do")
-    codec, chunks = CODECS[header.codec], tuple(fragment.chunks(header.chunk))
+    codec, chunks = codec_named(header.codec), tuple(fragment.chunks(header.chunk))
     if len(header.sizes) != len(chunks):
         raise FormatError(f"{len(header.sizes)} sections where the fragment has {len(chunks)} chunks")
     offsets = []
     for section, (size, chunk) in enumerate(zip(header.sizes, chunks, strict=True)):
-        raw_size = codec.size(chunk.size)
-        if size > section_bound(raw_size) or (not header.zstd and size != raw_size):
-            raise FormatError(f"section {section} claims {size} bytes for {raw_size} raw ones")
+        least, most = codec.least(chunk.size), codec.size(chunk.size)
+        if size > section_bound(most) or (not header.zstd and not least <= size <= most):
+            raise FormatError(f"section {section} claims {size} bytes for {_count(least, most)} raw ones")
         offsets.append(start)
         start += size
     if start != reader.size:
@@ -289,17 +317,22 @@ def blob_digest(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def _decompress(data: bytes, raw_size: int, section: int) -> bytes:
+def _decompress(data: memoryview, least: int, most: int, section: int) -> bytes:
     try:
         claimed = zstandard.get_frame_parameters(data).content_size
-        if claimed != raw_size:
-            raise FormatError(f"section {section} claims {claimed} raw bytes and the codec needs {raw_size}")
-        raw = _zstd.decompressor.decompress(data, max_output_size=raw_size, allow_extra_data=False)
+        if not least <= claimed <= most:
+            needed = _count(least, most)
+            raise FormatError(f"section {section} claims {claimed} raw bytes and the codec needs {needed}")
+        raw = _zstd.decompressor.decompress(data, max_output_size=claimed, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"section {section} is not a sound zstd frame: {error}") from None
-    if len(raw) != raw_size:
-        raise FormatError(f"section {section} holds {len(raw)} raw bytes and the codec needs {raw_size}")
+    if len(raw) != claimed:
+        raise FormatError(f"section {section} holds {len(raw)} raw bytes and claims {claimed}")
     return raw
+
+
+def _count(least: int, most: int) -> str:
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _tuples(fields: object) -> object:

@@ -46,7 +46,7 @@ def check(config: SiteConfig) -> None:
     stream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
     seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
     say("speed", f"{seconds:.4f} s an inner step of {run.inner.batch_size} sequences")
-    up = sum(container_bound(fragment, run.wire.upload) for fragment in layout.fragments)
+    up = sum(container_bound(fragment, run.wire.upload_codec) for fragment in layout.fragments)
     cycle = run.inner.steps * seconds
     say("upload", f"at most {up / 1e6:.2f} MB each {run.inner.steps} steps ({cycle:.1f} s at full pace)")
 

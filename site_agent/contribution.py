@@ -48,7 +48,7 @@ class Parcel:
 def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
     """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
     lost of it, fp32 (fragment.size,), or None where the run keeps none. Raises DivergedError where Δ is not finite."""
-    delta = _delta(parcel)
+    delta = _delta(parcel, wire)
     header = Header(
         kind="contribution",
         run=run,
@@ -57,7 +57,7 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         base_version=parcel.anchor.version,
         version=parcel.anchor.version,
         digest=parcel.anchor.digest,
-        codec=wire.upload,
+        codec=wire.upload_codec,
         zstd=wire.zstd_level > 0,
         chunk=CHUNK_ELEMENTS,
         tensors=tensor_table(fragment),
@@ -75,18 +75,21 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         ) from None
 
 
-def left_of(parcel: Parcel, fragment: Fragment, body: bytes) -> F32:
+def left_of(parcel: Parcel, fragment: Fragment, wire: WireTable, body: bytes) -> F32:
     """What is left of Δ = Θ̂ − θ_s plus the error feedback so far, once `body` is delivered, which was made of another
     training of the same steps: fp32 (fragment.size,). The bits of `encode`'s where both came to the same."""
-    left = _delta(parcel)
+    left = _delta(parcel, wire)
     with open_container(body, fragment) as container:
         for section, chunk in enumerate(container.chunks):
             container.accumulate(section, -1.0, left[chunk.start : chunk.stop])
     return left
 
 
-def _delta(parcel: Parcel) -> F32:
+def _delta(parcel: Parcel, wire: WireTable) -> F32:
+    """Δ + βe, fp32 (fragment.size,)."""
     delta = parcel.anchor.flat - parcel.snapshot
     if parcel.residual is not None:
-        delta += parcel.residual
+        # (Where the config has dropped error feedback since, what there is of it goes out once, whole.)
+        decay = wire.feedback or 1.0
+        delta += parcel.residual if decay == 1.0 else np.float32(decay) * parcel.residual
     return delta

@@ -405,7 +405,11 @@ class Courier:
         if recorded is not None:
             with open_container(recorded, fragment) as container:
                 base = container.header.base_version
-            return recorded, base, left_of(parcel, fragment, recorded) if self._wire.error_feedback else None
+            return (
+                recorded,
+                base,
+                left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None,
+            )
         body, residual = encode(parcel, fragment, self._wire, self._link.run, self._site)
         try:
             self._outbox.put(parcel.number, p, body)

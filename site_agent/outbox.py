@@ -54,8 +54,7 @@ class Outbox:
                     header = container.header
                     if (header.kind, header.run, header.fragment) != ("contribution", run, fragment):
                         raise FormatError("it is no contribution to this run")
-                    for _ in container.screened():
-                        pass
+                    container.screen()
             except (FormatError, ValueError, IndexError, OSError) as error:
                 log.warning("the outbox's %s is of no use: %s", path, error)
                 self._disk.remove(path)

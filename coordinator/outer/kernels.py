@@ -1,6 +1,11 @@
-"""Kernels of the outer optimizers, one chunk at a time; `fastmath` off, as in shared.codecs.kernels.
+"""The outer step of one chunk as one kernel: the optimizer's step, the delta's encoding, and Θ̂ moved along.
 
-Each also writes `out = Θ − Θ̂`, what the next delta has to carry, because Θ and Θ̂ are in the cache then.
+It goes through the chunk in tiles, so that what the optimizer leaves (Θ − Θ̂) is encoded, and added to Θ̂, while it is
+in the first-level cache: each vector of the state crosses the memory bus once each way. `fastmath` off, as in
+shared.codecs.kernels.
+
+What a step needs of its rule are fp32 scalars, in an array (parts, 7) whose columns each optimizer documents; only
+Delayed Nesterov ever has more than one part.
 """
 
 from __future__ import annotations
@@ -9,27 +14,25 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.codecs.kernels import BLOCK, INT8, SOUND, TILE, encode_tile, new_scratch, payload_range, square_sum
+
 F32 = NDArray[np.float32]
+U16 = NDArray[np.uint16]
+U8 = NDArray[np.uint8]
+
+NESTEROV, SGD, DELAYED, ADAM = range(4)
+SCALARS = 7
 
 _jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
 
 @_jit
-def nesterov(
-    delta: F32,
-    master: F32,
-    momentum: F32,
-    published: F32,
-    lr: np.float32,
-    share: np.float32,
-    decay: np.float32,
-    mix: np.float32,
-    out: F32,
-) -> None:
-    """b ← `decay`·b + `share`·Δ; Θ ← Θ − η(`share`·Δ + `mix`·b); out = Θ − Θ̂.
+def _nesterov(scalars: F32, delta: F32, master: F32, momentum: F32, published: F32, out: F32) -> None:
+    """b ← `decay`·b + `share`·Δ; Θ ← Θ − η(`share`·Δ + `mix`·b); out = Θ − Θ̂. Scalars: η, share, decay, mix.
 
     With share 1 and decay = mix = μ it is Nesterov's step (DiLoCo, arXiv 2311.08105), bit for bit.
     """
+    lr, share, decay, mix = scalars[0], scalars[1], scalars[2], scalars[3]
     for i in range(delta.size):
         g = share * delta[i]
         b = decay * momentum[i] + g
@@ -40,8 +43,9 @@ def nesterov(
 
 
 @_jit
-def sgd(delta: F32, master: F32, published: F32, lr: np.float32, out: F32) -> None:
-    """Θ ← Θ − ηΔ; out = Θ − Θ̂."""
+def _sgd(scalars: F32, delta: F32, master: F32, published: F32, out: F32) -> None:
+    """Θ ← Θ − ηΔ; out = Θ − Θ̂. Scalars: η."""
+    lr = scalars[0]
     for i in range(delta.size):
         theta = master[i] - lr * delta[i]
         master[i] = theta
@@ -49,26 +53,15 @@ def sgd(delta: F32, master: F32, published: F32, lr: np.float32, out: F32) -> No
 
 
 @_jit
-def delayed(
-    delta: F32,
-    master: F32,
-    momentum: F32,
-    accumulated: F32,
-    published: F32,
-    lr: np.float32,
-    share: np.float32,
-    arrivals: np.float32,
-    mix: np.float32,
-    beta: np.float32,
-    inverse: np.float32,
-    keep: np.float32,
-    out: F32,
-) -> None:
+def _delayed(scalars: F32, delta: F32, master: F32, momentum: F32, accumulated: F32, published: F32, out: F32) -> None:
     """Δ_acc ← Δ_acc + `arrivals`·g; m ← `beta`·m + `inverse`·Δ_acc; Θ ← Θ − ε(`mix`·m + `share`·g);
-    Δ_acc ← `keep`·Δ_acc; out = Θ − Θ̂ (Async Local-SGD, arXiv 2401.09135).
+    Δ_acc ← `keep`·Δ_acc; out = Θ − Θ̂ (Async Local-SGD, arXiv 2401.09135). Scalars: ε, share, arrivals, mix, beta,
+    inverse, keep.
 
     Between two updates of the momentum β = 1, inverse = 0 and keep = 1, which changes no bit of m; at one keep = 0.
     """
+    lr, share, arrivals, mix = scalars[0], scalars[1], scalars[2], scalars[3]
+    beta, inverse, keep = scalars[4], scalars[5], scalars[6]
     for i in range(delta.size):
         collected = accumulated[i] + arrivals * delta[i]
         m = beta * momentum[i] + inverse * collected
@@ -80,23 +73,11 @@ def delayed(
 
 
 @_jit
-def adam(
-    delta: F32,
-    master: F32,
-    momentum: F32,
-    variance: F32,
-    published: F32,
-    lr: np.float32,
-    beta1: np.float32,
-    beta2: np.float32,
-    epsilon: np.float32,
-    correction1: np.float32,
-    correction2: np.float32,
-    out: F32,
-) -> None:
+def _adam(scalars: F32, delta: F32, master: F32, momentum: F32, variance: F32, published: F32, out: F32) -> None:
     """m ← β₁m + (1−β₁)Δ; v ← β₂v + (1−β₂)Δ²; Θ ← Θ − η·(m/c₁)/(√(v/c₂) + ε) (arXiv 1412.6980; as an outer optimizer
-    2003.00295); out = Θ − Θ̂."""
-    one = np.float32(1)
+    2003.00295); out = Θ − Θ̂. Scalars: η, β₁, β₂, ε, c₁, c₂."""
+    lr, beta1, beta2, epsilon = scalars[0], scalars[1], scalars[2], scalars[3]
+    correction1, correction2, one = scalars[4], scalars[5], np.float32(1)
     for i in range(delta.size):
         g = delta[i]
         m = beta1 * momentum[i] + (one - beta1) * g
@@ -106,6 +87,47 @@ def adam(
         theta = master[i] - lr * ((m / correction1) / (np.sqrt(v / correction2) + epsilon))
         master[i] = theta
         out[i] = theta - published[i]
+
+
+@_jit
+def step(
+    optimizer: int,
+    scalars: F32,
+    codec: int,
+    delta: F32,
+    master: F32,
+    first: F32,
+    second: F32,
+    published: F32,
+    scales: U16,
+    payload: U8,
+) -> tuple[int, float]:
+    """Steps Θ and the optimizer's slots (`first` and `second`; empty where it has fewer) by Δ, encodes Θ − Θ̂ into
+    `scales` and `payload`, and moves Θ̂ by what they decode to. All in place, a chunk each.
+
+    Returns what is wrong with the values, if anything is (the state is of no use then), and Σ Δ² in double precision.
+    """
+    squares = 0.0
+    change, scratch = np.empty(TILE, np.float32), new_scratch()
+    for start in range(0, delta.size, TILE):
+        stop = min(start + TILE, delta.size)
+        d, m, p, out = delta[start:stop], master[start:stop], published[start:stop], change[: stop - start]
+        squares += square_sum(d)
+        if optimizer == NESTEROV:
+            _nesterov(scalars[0], d, m, first[start:stop], p, out)
+        elif optimizer == SGD:
+            _sgd(scalars[0], d, m, p, out)
+        elif optimizer == ADAM:
+            _adam(scalars[0], d, m, first[start:stop], second[start:stop], p, out)
+        else:
+            for part in range(scalars.shape[0]):
+                _delayed(scalars[part], d, m, first[start:stop], second[start:stop], p, out)
+        low, high = payload_range(codec, start, stop)
+        blocks = scales[start // BLOCK : (stop + BLOCK - 1) // BLOCK] if codec >= INT8 else scales[:0]
+        flaw = encode_tile(codec, out, blocks, payload[low:high], p, np.float32(1), scratch)
+        if flaw != SOUND:
+            return flaw, squares
+    return SOUND, squares
 
 
 @_jit

@@ -7,7 +7,7 @@ which is in checkpoints and is replayed with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from coordinator.outer import kernels
 from coordinator.outer.rules import Correction, Merge
-from shared.codecs.kernels import F32
+from shared.codecs import Dense
+from shared.codecs.kernels import F32, U8
 
 Optimizer = Literal["nesterov", "sgd", "delayed-nesterov", "adam"]
 
@@ -27,8 +28,35 @@ SLOTS: dict[Optimizer, tuple[str, ...]] = {
 }
 """The vectors of fragment.size fp32 elements that an optimizer keeps, zero at first."""
 
-Update = Callable[[F32, F32, Sequence[F32], F32, F32], None]
-"""(Δ, Θ, slots, Θ̂, out) of one chunk: steps Θ and the slots in place, and writes Θ − Θ̂ to `out`."""
+_NONE = np.empty(0, dtype=np.float32)
+_KINDS: dict[Optimizer, int] = {
+    "nesterov": kernels.NESTEROV,
+    "sgd": kernels.SGD,
+    "delayed-nesterov": kernels.DELAYED,
+    "adam": kernels.ADAM,
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step whose scalars are fixed: which optimizer, and fp32 (parts, kernels.SCALARS)."""
+
+    kind: int
+    scalars: F32
+
+    def __call__(self, delta: F32, master: F32, slots: Sequence[F32], published: F32, codec: Dense) -> tuple[U8, float]:
+        """Steps a chunk of Θ and of the slots by Δ, and Θ̂ by the delta: (the delta encoded, Σ Δ²).
+
+        Raises ValueError where a value is not finite; the chunk is of no use then.
+        """
+        first, second, *_ = (*slots, _NONE, _NONE)
+        raw = np.empty(codec.size(delta.size), dtype=np.uint8)
+        split = codec.split(raw, delta.size)
+        flaw, squares = kernels.step(
+            self.kind, self.scalars, codec.kind, delta, master, first, second, published, *split
+        )
+        codec.require_sound(flaw)
+        return raw, float(squares)
 
 
 @dataclass(frozen=True)
@@ -61,31 +89,23 @@ def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
     `count` is what the state has counted: of Adam its steps, of Delayed Nesterov the arrivals since the momentum was
     updated. A round of several contributions stands for as many arrivals of their mean.
     """
-    f32 = np.float32
-    lr, mu = f32(rule.lr), f32(rule.momentum)
     if rule.optimizer == "nesterov":
-        scaled = (lr, f32(rule.share), f32(rule.momentum**rule.share), f32(_mix(rule.momentum, rule.share)))
-        return lambda delta, master, slots, published, out: kernels.nesterov(
-            delta, master, slots[0], published, *scaled, out
-        ), 0
-    if rule.optimizer in ("sgd", "adam"):
-        lr = f32(rule.lr * rule.share)
+        mu, share = rule.momentum, rule.share
+        return _update(rule, [(rule.lr, share, mu**share, _mix(mu, share))]), 0
     if rule.optimizer == "sgd":
-        return lambda delta, master, slots, published, out: kernels.sgd(delta, master, published, lr, out), 0
+        return _update(rule, [(rule.lr * rule.share,)]), 0
     if rule.optimizer == "adam":
         steps = count + 1
-        scalars = (
-            lr,
-            mu,
-            f32(rule.beta2),
-            f32(rule.epsilon),
-            f32(1 - rule.momentum**steps),
-            f32(1 - rule.beta2**steps),
-        )
-        return lambda delta, master, slots, published, out: kernels.adam(
-            delta, master, slots[0], slots[1], published, *scalars, out
-        ), steps
-    return _delayed(rule, count, arrivals)
+        corrections = (1 - rule.momentum**steps, 1 - rule.beta2**steps)
+        scalars = (rule.lr * rule.share, rule.momentum, rule.beta2, rule.epsilon, *corrections)
+        return _update(rule, [scalars]), steps
+    parts, count = _delayed(rule, count, arrivals)
+    return _update(rule, parts), count
+
+
+def _update(rule: OuterRule, parts: list[tuple[float, ...]]) -> Update:
+    padded = [(*part, *(0.0,) * (kernels.SCALARS - len(part))) for part in parts]
+    return Update(_KINDS[rule.optimizer], np.array(padded, dtype=np.float32))
 
 
 def _mix(momentum: float, share: float) -> float:
@@ -94,10 +114,10 @@ def _mix(momentum: float, share: float) -> float:
     return momentum if share == 1.0 else momentum * (1 - momentum**share) / (1 - momentum)
 
 
-def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
+def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[list[tuple[float, ...]], int]:
     """Delayed Nesterov on `arrivals` arrivals of one gradient: up to the momentum's update, over it, and on."""
-    f32, period = np.float32, max(1, rule.period)
-    parts: list[tuple[np.float32, ...]] = []
+    period = max(1, rule.period)
+    parts: list[tuple[float, ...]] = []
     while arrivals > 0:
         # (The count can stand above a period that was lowered meanwhile.)
         taken = min(arrivals, max(1, period - count))
@@ -114,13 +134,6 @@ def _delayed(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:
         else:
             mix, beta, inverse, keep = taken * rule.delay_c * rule.momentum, 1.0, 0.0, 1.0
             count += taken
-        parts.append(tuple(map(f32, (rule.lr, taken / period, taken, mix, beta, inverse, keep))))
+        parts.append((rule.lr, taken / period, taken, mix, beta, inverse, keep))
         arrivals -= taken
-
-    def update(delta: F32, master: F32, slots: Sequence[F32], published: F32, out: F32) -> None:
-        for lr, share, many, mix, beta, inverse, keep in parts:
-            kernels.delayed(
-                delta, master, slots[0], slots[1], published, lr, share, many, mix, beta, inverse, keep, out
-            )
-
-    return update, count
+    return parts, count

@@ -22,7 +22,7 @@ import xxhash
 from coordinator.outer import kernels
 from coordinator.outer.optimizers import SLOTS, OuterRule, Update, update_of
 from coordinator.outer.rules import Combination, Measures, combination, mean_cosine
-from shared.codecs import CODECS
+from shared.codecs import DENSE
 from shared.codecs import warm_up as warm_up_codecs
 from shared.codecs.kernels import F32, accumulate_fp32, square_sum
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment, combine_digests, digest_chunk, digest_flat
@@ -171,15 +171,11 @@ def _step_chunk(
 ) -> tuple[bytes, list[bytes], float]:
     """Steps one chunk: (packed section of the delta, digests of Θ̂, Θ and each slot, Σ of the merged squares)."""
     at = slice(chunk.start, chunk.stop)
-    codec, delta = CODECS[rule.codec], merge.merged(section, chunk)
     master, published = state.master[at], state.published[at]
     slots = [values[at] for values in state.slots.values()]
-    change = np.empty_like(delta)
-    update(delta, master, slots, published, change)
-    raw = codec.encode(change)
-    codec.accumulate(raw, 1.0, published)
+    raw, squares = update(merge.merged(section, chunk), master, slots, published, DENSE[rule.codec])
     digests = [digest_chunk(values) for values in (published, master, *slots)]
-    return pack_section(raw, rule.zstd_level), digests, square_sum(delta)
+    return pack_section(raw, rule.zstd_level), digests, squares
 
 
 class _Merge:
@@ -314,10 +310,8 @@ def _optimizer_digest(slots: dict[str, str], count: int) -> str:
 def warm_up() -> None:
     """Compile (or load) every kernel that a step uses, so that no round waits for a compiler."""
     warm_up_codecs()
-    x, one = np.ones(3, dtype=np.float32), np.float32(1)
-    kernels.nesterov(x, x.copy(), x.copy(), x.copy(), one, one, one, one, x.copy())
-    kernels.sgd(x, x.copy(), x.copy(), one, x.copy())
-    kernels.delayed(x, x.copy(), x.copy(), x.copy(), x.copy(), one, one, one, one, one, one, one, x.copy())
-    kernels.adam(x, x.copy(), x.copy(), x.copy(), x.copy(), one, one, one, one, one, one, x.copy())
+    x = np.ones(3, dtype=np.float32)
+    update, _ = update_of(OuterRule("nesterov", 1.0, 0.0, "int8", 0), 0, 1)
+    update(x, x.copy(), [x.copy()], x.copy(), DENSE["int8"])
     kernels.dot(x, x)
-    accumulate_fp32(x, one, x.copy())
+    accumulate_fp32(x, np.float32(1), x.copy())

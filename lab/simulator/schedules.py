@@ -73,7 +73,8 @@ def _config(rng: random.Random, sites: int) -> RunConfig:
         "outer": outer,
         "rounds": rounds,
         "wire": {
-            "upload": rng.choice(("fp32", "int8", "int4")),
+            "upload": rng.choice(("fp32", "int8", "int4", "e3m0", "topk2")),
+            "feedback_decay": 1.0,  # what fades could not be found again
             "publish": rng.choice(("fp32", "int8")),
             "zstd_level": rng.choice((0, 1)),
         },

@@ -11,7 +11,7 @@ from coordinator.core.pacing import dylu
 from coordinator.core.rounds import Contribution, Policy, weights
 from coordinator.outer.optimizers import SLOTS, Optimizer, OuterRule, update_of
 from coordinator.outer.rules import Measures, combination
-from shared.codecs import CODECS
+from shared.codecs import DENSE as CODECS
 from shared.codecs.kernels import F32
 
 
@@ -19,12 +19,12 @@ def pushed(optimizer: Optimizer, gradients: list[F32], start: F32, **rule: float
     """Θ after each arrival of one gradient."""
     known = {"lr": 1.0, "momentum": 0.0, **rule}
     outer = OuterRule(optimizer, known["lr"], known["momentum"], "fp32", 0, period=int(known.get("period", 1)))
-    master, published, out = start.copy(), start.copy(), np.empty_like(start)
+    master, published = start.copy(), start.copy()
     slots = [np.zeros_like(start) for _ in SLOTS[optimizer]]
     count, course = 0, []
     for gradient in gradients:
         update, count = update_of(outer, count, 1)
-        update(gradient.copy(), master, slots, published, out)
+        update(gradient.copy(), master, slots, published, CODECS["fp32"])
         course.append(master.copy())
     return course
 
@@ -69,11 +69,11 @@ def test_a_round_that_overshoots_the_period_is_its_arrivals_one_by_one(period: i
     rule = OuterRule("delayed-nesterov", 1.0, 0.9, "fp32", 0, period=period)
     ends = []
     for size in (1, arrivals):
-        master, published, out = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(1, np.float32)
+        master, published = np.zeros(1, np.float32), np.zeros(1, np.float32)
         slots, count = [np.zeros(1, np.float32), np.zeros(1, np.float32)], 0
         for _ in range(60 * arrivals * period // size):
             update, count = update_of(rule, count, size)
-            update(ones.copy(), master, slots, published, out)
+            update(ones.copy(), master, slots, published, CODECS["fp32"])
         ends.append(float(master[0]))
     assert math.isclose(ends[0], ends[1], rel_tol=1e-3)
 
@@ -87,10 +87,10 @@ def test_the_parts_of_a_step_move_as_far_as_the_whole(parts: int, momentum: floa
     ends = []
     for count in (1, parts):
         rule = OuterRule("nesterov", 1.0, momentum, "fp32", 0, share=1 / count)
-        master, published, out = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(1, np.float32)
+        master, published = np.zeros(1, np.float32), np.zeros(1, np.float32)
         slots = [np.zeros(1, np.float32)]
         for _ in range(400 * count):
-            update_of(rule, 0, 1)[0](np.ones(1, np.float32), master, slots, published, out)
+            update_of(rule, 0, 1)[0](np.ones(1, np.float32), master, slots, published, CODECS["fp32"])
         ends.append(float(master[0]))
     assert math.isclose(ends[0], ends[1], rel_tol=0.02)
 

@@ -129,9 +129,9 @@ def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytes
             from shared.config import WireTable
             from site_agent.contribution import encode
 
-            wire = WireTable(upload=self.run_config.wire.upload)
+            wire: WireTable = self.run_config.wire
             body, _ = encode(parcel, self.layout.fragments[p], wire, self.run_id, "a")
-            self.residuals[p] = left_of(parcel, self.layout.fragments[p], body) - 1
+            self.residuals[p] = left_of(parcel, self.layout.fragments[p], wire, body) - 1
         arrive(self, arrival)
 
     monkeypatch.setattr(Learner, "_arrive", advancing)

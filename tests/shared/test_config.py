@@ -168,6 +168,9 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
         '[inner]\nsteps = 1\n[rounds]\noverlap_steps = 0\nalign = "overwrite"',
         "[wire]\nzstd_level = 0",
         "[wire]\nupload = 'fp32'\npublish = 'bf16'",
+        "[wire]\nupload = 'topk2'\ntopk = 64\n[outer]\noptimizer = 'sgd'",
+        "[wire]\nupload = 'topk2'\nfeedback_decay = 1.0\n[outer]\nmomentum = 0.5",
+        "[wire]\nfeedback_decay = 0.9",
         "[store]\nkeep_versions = 1",
         "[run]\nmin_sites = 3\n",
     ],
@@ -185,8 +188,30 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ("[inner]\nstep = 3", '[inner] step: unknown key; did you mean "steps"?'),
         ("[rounds]\noverlap_step = 3", '[rounds] overlap_step: unknown key; did you mean "overlap_steps"?'),
         (
+            '[wire]\nupload = "topk2"',
+            '[wire] upload = "topk2" is meant for an outer step without momentum (its error feedback is one), '
+            'and [outer] momentum is not stated: use [outer] optimizer = "sgd", or state momentum',
+        ),
+        (
+            '[wire]\nupload = "topk2"\nerror_feedback = false\n[outer]\noptimizer = "sgd"',
+            '[wire] upload = "topk2" without error_feedback never sends most of what is trained: drop error_feedback = '
+            'false, or upload = "int4"',
+        ),
+        (
+            "[wire]\ntopk = 64",
+            '[wire] topk has no effect with upload = "int4": drop it, or upload = "topk2"',
+        ),
+        (
+            "[wire]\nerror_feedback = false\nfeedback_decay = 0.9",
+            "[wire] feedback_decay has no effect with error_feedback = false: drop it, or error_feedback = true",
+        ),
+        (
+            "[wire]\nfeedback_decay = 0.0",
+            '[wire] feedback_decay: got 0.0 (a number); β: "auto" or a number from 0 to 1 would do',
+        ),
+        (
             "[wire]\nxyz = 3",
-            "[wire] xyz: unknown key; it may have: upload, publish, error_feedback, zstd_level",
+            "[wire] xyz: unknown key; it may have: upload, publish, topk, error_feedback, feedback_decay, zstd_level",
         ),
         ("[run]\ntokenz = 3", '[run] tokenz: unknown key; did you mean "tokens"?'),
         ("[round]\nquorum = 3", '[round]: unknown table; did you mean "rounds"?'),
@@ -206,7 +231,7 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ),
         (
             '[wire]\nupload = "int2"',
-            '[wire] upload: got "int2" (text); one of "fp32", "bf16", "fp16", "int8", "int4" would do',
+            '[wire] upload: got "int2" (text); one of "fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2" would do',
         ),
         (
             "[wire]\nzstd_level = 20",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -79,18 +80,30 @@ def test_what_was_sent_after_a_checkpoint_comes_up_again_by_fragment(outbox: Out
     assert replays.take(1) is None
 
 
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("codec", get_args(UploadCodec))
 def test_the_same_training_leaves_the_same_bits(codec: UploadCodec) -> None:
     snapshot, residual = (RNG.normal(size=200).astype(np.float32) for _ in range(2))
-    sent = parcel(snapshot, residual)
-    data, left = encode(sent, FRAGMENT, WireTable(upload=codec), "run", "eu")
+    sent, wire = parcel(snapshot, residual), WireTable(upload=codec)
+    data, left = encode(sent, FRAGMENT, wire, "run", "eu")
     assert left is not None
-    np.testing.assert_array_equal(left_of(sent, FRAGMENT, data), left)
+    np.testing.assert_array_equal(left_of(sent, FRAGMENT, wire, data), left)
+
+
+@pytest.mark.parametrize(("keys", "kept"), [({}, 1.0), ({"upload": "topk2"}, 0.95), ({"feedback_decay": 0.5}, 0.5)])
+def test_what_was_not_sent_is_kept_by_its_decay(keys: dict[str, Any], kept: float) -> None:
+    """e ← βe + Δ − q: of a Δ of zero, β of what there was of it, less what is sent of that."""
+    residual = RNG.normal(size=200).astype(np.float32)
+    wire = WireTable(**keys)
+    data, left = encode(parcel(np.zeros(200, np.float32), residual), FRAGMENT, wire, "run", "eu")
+    with open_container(data, FRAGMENT) as container:
+        assert left is not None
+        np.testing.assert_allclose(left + container.decode(), kept * residual, rtol=1e-6)
 
 
 def test_another_training_of_the_same_steps_leaves_what_is_not_in_the_body() -> None:
     first, second = (RNG.normal(size=200).astype(np.float32) for _ in range(2))
-    data, _ = encode(parcel(first), FRAGMENT, WireTable(upload="int4"), "run", "eu")
+    wire = WireTable(upload="int4")
+    data, _ = encode(parcel(first), FRAGMENT, wire, "run", "eu")
     with open_container(data, FRAGMENT) as container:
         delivered = container.decode()
-    np.testing.assert_allclose(left_of(parcel(second), FRAGMENT, data) + delivered, -second, atol=1e-6)
+    np.testing.assert_allclose(left_of(parcel(second), FRAGMENT, wire, data) + delivered, -second, atol=1e-6)

@@ -38,7 +38,7 @@ async def leased(site: Any, report: DataReport) -> list[ShardLease]:
 
 
 def stopped_clock(fleet: Any) -> float:
-    """The time, in whole seconds, so that sums of it are exact; from now on nobody but the test says what time it is."""
+    """The time, in whole seconds, so that sums are exact; from now on nobody but the test says what time it is."""
     fleet.coordinator._timekeeper.cancel()
     return float(math.ceil(fleet.coordinator.clock()))
 

@@ -368,8 +368,8 @@ async def test_a_scale_that_is_no_scale_is_refused(fleet: Any, monkeypatch: pyte
     int8 = CODECS["int8"]
     real = int8.encode
 
-    def encode(x: Any) -> Any:
-        raw = real(x)
+    def encode(x: Any, *left: Any) -> Any:
+        raw = real(x, *left)
         raw[:2] = np.array([bits], "<u2").view(np.uint8)
         return raw
 

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from shared.codecs import CODECS
+from shared.codecs import CODECS, kernels
 from shared.errors import FormatError
 
 F32 = NDArray[np.float32]
-ALL = ["fp32", "bf16", "fp16", "int8", "int4"]
+DENSE_NAMES = ["fp32", "bf16", "fp16", "int8", "int4", "e3m0"]
+TOPK = "topk2-128"
+ALL = [*DENSE_NAMES, TOPK]
+SCALED = ["int8", "int4", "e3m0"]
 quick = settings(deadline=None, max_examples=60)
 LEVELS = {"int8": 127, "int4": 7}
 LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000]
@@ -55,6 +58,7 @@ def test_the_codecs_are_those_of_the_design() -> None:
         ("fp16", [0, 2, 126, 128, 130]),
         ("int8", [0, 3, 65, 66, 69]),
         ("int4", [0, 3, 34, 34, 37]),
+        ("e3m0", [0, 3, 34, 34, 37]),
     ],
 )
 def test_raw_size_is_known_from_the_count(name: str, sizes: list[int]) -> None:
@@ -64,7 +68,8 @@ def test_raw_size_is_known_from_the_count(name: str, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bar"), [("fp32", 1e-300), ("fp16", 5e-8), ("bf16", 8e-4), ("int8", 3.7e-5), ("int4", 1.25e-2)]
+    ("name", "bar"),
+    [("fp32", 1e-300), ("fp16", 5e-8), ("bf16", 8e-4), ("int8", 3.7e-5), ("int4", 1.25e-2), ("e3m0", 3.7e-2)],
 )
 def test_mean_squared_error_on_normal_values_meets_the_published_bar(name: str, bar: float) -> None:
     x = np.random.default_rng(0).standard_normal(1 << 17).astype(np.float32)
@@ -106,6 +111,17 @@ def test_integer_codecs_err_by_half_a_step_of_their_block(name: str, x: F32) -> 
         else:
             assert error[block].max() <= s * (0.5 + levels * 2.0**-22)
             assert largest / levels * (1 - 2.0**-22) <= s <= largest / levels * (1 + 2.0**-7) * (1 + 2.0**-22)
+
+
+@given(x=values())
+@quick
+def test_e3m0_errs_by_a_third_or_by_half_its_smallest_value(x: F32) -> None:
+    raw = CODECS["e3m0"].encode(x)
+    scale = (raw[: 2 * -(-x.size // 64)].view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    step = np.repeat(scale.astype(np.float64), 64)[: x.size]
+    error = np.abs(CODECS["e3m0"].decode(raw, x.size).astype(np.float64) - x)
+    given_up = np.where(step == 0, 64 * 2.0**-126, 0)
+    assert np.all(error <= np.maximum(np.maximum(np.abs(x) / 3, step / 2) * (1 + 2.0**-20), given_up))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -159,13 +175,13 @@ def test_nan_and_infinity_are_not_encoded(name: str, value: float, at: int) -> N
 def test_a_float_that_is_not_finite_fails_the_check(name: str, bits: int, at: int) -> None:
     raw = CODECS[name].encode(np.ones(65, np.float32))
     width = raw.size // 65
-    CODECS[name].check(raw, 65)
+    CODECS[name].screen(raw, 65)
     raw[at * width : (at + 1) * width] = np.array([bits], f"<u{width}").view(np.uint8)
     with pytest.raises(FormatError, match="a value is NaN or infinite"):
-        CODECS[name].check(raw, 65)
+        CODECS[name].screen(raw, 65)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize(
     ("bits", "said"),
     [
@@ -183,13 +199,13 @@ def test_a_float_that_is_not_finite_fails_the_check(name: str, bits: int, at: in
 )
 def test_a_scale_that_cannot_be_fails_the_check(name: str, bits: int, said: str) -> None:
     with pytest.raises(FormatError, match=said):
-        CODECS[name].check(raw_with_scale(name, bits), 65)
+        CODECS[name].screen(raw_with_scale(name, bits), 65)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("bits", [0x0000, 0x0001, 0x0080, 0x3F80, 0x7BFF])
 def test_a_scale_that_can_be_passes_the_check(name: str, bits: int) -> None:
-    CODECS[name].check(raw_with_scale(name, bits), 65)
+    CODECS[name].screen(raw_with_scale(name, bits), 65)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -199,7 +215,7 @@ def test_whatever_passes_the_check_decodes_to_finite_values(name: str, n: int, d
     size = CODECS[name].size(n)
     raw = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8)
     try:
-        CODECS[name].check(raw, n)
+        CODECS[name].screen(raw, n)
     except FormatError:
         return
     assert np.isfinite(CODECS[name].decode(raw, n)).all()
@@ -209,7 +225,7 @@ def test_whatever_passes_the_check_decodes_to_finite_values(name: str, n: int, d
 @given(x=values())
 @quick
 def test_whatever_is_encoded_passes_the_check(name: str, x: F32) -> None:
-    CODECS[name].check(CODECS[name].encode(x), x.size)
+    CODECS[name].screen(CODECS[name].encode(x), x.size)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -220,16 +236,16 @@ def test_what_encodes_at_all_passes_the_check(name: str, largest: float) -> None
         with pytest.raises(ValueError, match="too large for int4"):
             CODECS[name].encode(x)
         return
-    if name == "int8" and largest == np.finfo(np.float32).max:
-        with pytest.raises(ValueError, match="too large for int8"):
+    if name in ("int8", "e3m0", TOPK) and largest == np.finfo(np.float32).max:
+        with pytest.raises(ValueError, match=f"too large for {name}"):
             CODECS[name].encode(x)
         return
     raw = CODECS[name].encode(x)
-    CODECS[name].check(raw, 3)
+    CODECS[name].screen(raw, 3)
     assert np.isfinite(CODECS[name].decode(raw, 3)).all()
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int4"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int4", "e3m0"])
 @given(x=values())
 @quick
 def test_what_was_decoded_encodes_to_itself(name: str, x: F32) -> None:
@@ -265,12 +281,23 @@ def test_int4_scales_come_before_all_nibbles() -> None:
     assert raw[4:].tolist() == [0x8F, *[0x88] * 31, 0x7F]
 
 
+def test_e3m0_values_are_signed_powers_of_two() -> None:
+    x = np.array([64, -32, 16, -8, 4, -2, 1, 0, 0.49, -0.5, 0.74, 1.49, 1.5, -47.9, 48, 2.99, 3], np.float32)
+    raw = CODECS["e3m0"].encode(x)
+    # the scale 1.0 as bf16; then codes: a sign bit, and 0 for 0 or n + 1 for 2ⁿ
+    assert raw.tolist() == [0x80, 0x3F, 0xE7, 0xC5, 0xA3, 0x01, 0x90, 0x11, 0xE2, 0x27, 0x03]
+    assert CODECS["e3m0"].decode(raw, x.size).tolist() == [
+        *(64, -32, 16, -8, 4, -2, 1, 0),
+        *(0, -1, 1, 1, 2, -32, 64, 2, 4),
+    ]
+
+
 def test_int8_layout_is_scales_then_signed_bytes() -> None:
     raw = CODECS["int8"].encode(np.array([127, -127, 2.5, 3.5, 0], np.float32))
     assert raw.tolist() == [0x80, 0x3F, 0x7F, 0x81, 2, 4, 0]  # halves to even
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE_NAMES)
 def test_floats_are_little_endian(name: str) -> None:
     wanted = {
         "fp32": [0, 0, 0xC0, 0xBF],
@@ -278,7 +305,31 @@ def test_floats_are_little_endian(name: str) -> None:
         "fp16": [0, 0xBE],
         "int8": [0x42, 0x3C, 0x82],  # 1.5/127 rounded up to bf16 is 0x3C42, where −1.5 is −126.7 steps
         "int4": [0x5C, 0x3E, 0x81],
+        "e3m0": [0xC0, 0x3C, 0x0F],  # 1.5/64
     }
     raw = CODECS[name].encode(np.array([-1.5], np.float32))
     wanted["int8"][2] = raw[2] if name == "int8" else 0
     assert raw.tolist() == wanted[name]
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(x=values())
+@quick
+def test_an_encoding_leaves_in_its_place_what_it_lost(name: str, x: F32) -> None:
+    """Error feedback in one pass: the target is the vector itself."""
+    x = np.clip(x, -1e36, 1e36)
+    plain, left = CODECS[name].encode(x), x.copy()
+    assert CODECS[name].encode(left, left, -1.0).tobytes() == plain.tobytes()
+    np.testing.assert_array_equal(left, x - CODECS[name].decode(plain, x.size))
+
+
+@pytest.mark.parametrize("name", DENSE_NAMES)
+@pytest.mark.parametrize("size", [kernels.TILE - 1, kernels.TILE, kernels.TILE + 1, 2 * kernels.TILE + 67])
+def test_tiles_leave_no_seam(name: str, size: int) -> None:
+    """A chunk is encoded and decoded as its parts are, cut between blocks."""
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    whole = roundtrip(name, x)
+    parts = [roundtrip(name, x[at : at + 192]) for at in range(0, size, 192)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    squares = CODECS[name].screen(CODECS[name].encode(x), size)
+    assert squares == pytest.approx(float(np.sum(whole.astype(np.float64) ** 2)), rel=1e-12)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shared.codecs import CODECS, kernels, reference
+from shared.codecs import CODECS, DENSE, kernels, reference
 
 F32 = NDArray[np.float32]
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 200)
@@ -51,6 +51,10 @@ def assert_same_bits(got: F32, wanted: F32) -> None:
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
 
 
+def section(scale: F32, payload: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.concatenate([(scale.view(np.uint32) >> 16).astype("<u2").view(np.uint8), payload])
+
+
 def reference_decode(name: str, raw: NDArray[np.uint8], n: int) -> F32:
     """Raw bytes decoded from the formats' definitions in codecs/__init__.py, with NumPy alone."""
     if name == "fp32":
@@ -64,28 +68,8 @@ def reference_decode(name: str, raw: NDArray[np.uint8], n: int) -> F32:
     payload = raw[2 * blocks :]
     if name == "int8":
         return reference.dequantise(scale, payload.view(np.int8))
-    nibbles = np.stack([payload & 15, payload >> 4], axis=1).reshape(-1)[:n].astype(np.int8) - 8
-    return reference.dequantise(scale, nibbles.astype(np.int8))
-
-
-@given(any_finite())
-@quick
-def test_block_maximum_is_the_largest_magnitude(x: F32) -> None:
-    out = np.empty(-(-x.size // 64), np.uint32)
-    kernels.block_max_bits(x.view(np.uint32), out)
-    wanted = [np.abs(x[i : i + 64]).max() for i in range(0, x.size, 64)]
-    assert_same_bits(out.view(np.float32), np.array(wanted, np.float32))
-
-
-@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7F800001, 0xFFC00000, 0x7FFFFFFF])
-@pytest.mark.parametrize("at", [0, 63, 64, 66])
-def test_block_maximum_shows_nan_and_infinity(bits: int, at: int) -> None:
-    x = np.ones(67, np.float32)
-    x.view(np.uint32)[at] = bits
-    out = np.empty(2, np.uint32)
-    kernels.block_max_bits(x.view(np.uint32), out)
-    assert out[at // 64] >= 0x7F800000
-    assert out[1 - at // 64] == 0x3F800000
+    nibbles = np.stack([payload & 15, payload >> 4], axis=1).reshape(-1)[:n].astype(np.int8)
+    return reference.dequantise(scale, nibbles - np.int8(8) if name == "int4" else reference.e3m0_integers(nibbles))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -94,9 +78,31 @@ def test_block_maximum_shows_nan_and_infinity(bits: int, at: int) -> None:
 def test_integer_encoding_has_the_bits_of_the_reference(name: str, x: F32) -> None:
     x = np.clip(x, -1e36, 1e36)  # beyond, encoding refuses
     scale, q = reference.quantise(x, LEVELS[name])
-    payload = q.view(np.uint8) if name == "int8" else reference.pack_int4(q)
-    wanted = np.concatenate([(scale.view(np.uint32) >> 16).astype("<u2").view(np.uint8), payload])
-    np.testing.assert_array_equal(CODECS[name].encode(x), wanted)
+    payload = q.view(np.uint8) if name == "int8" else reference.pack_nibbles(q + 8, 8)
+    np.testing.assert_array_equal(CODECS[name].encode(x), section(scale, payload))
+
+
+@given(x=any_finite())
+@quick
+def test_e3m0_encoding_has_the_bits_of_the_reference(x: F32) -> None:
+    scale, codes = reference.quantise_e3m0(np.clip(x, -1e36, 1e36))
+    wanted = section(scale, reference.pack_nibbles(codes, 0))
+    np.testing.assert_array_equal(CODECS["e3m0"].encode(np.clip(x, -1e36, 1e36)), wanted)
+
+
+@given(x=any_finite())
+@quick
+def test_fp16_encoding_has_the_bits_of_numpy(x: F32) -> None:
+    wanted = np.clip(x, -65504, 65504).astype("<f2")
+    np.testing.assert_array_equal(CODECS["fp16"].encode(x).view("<u2"), wanted.view("<u2"))
+
+
+def test_every_fp16_decodes_as_numpy_says() -> None:
+    bits = np.arange(1 << 16, dtype="<u2")
+    wanted = bits.view("<f2").astype(np.float32)
+    finite = np.isfinite(wanted)
+    got = CODECS["fp16"].decode(bits[finite].view(np.uint8), int(finite.sum()))
+    assert_same_bits(got + 0.0, wanted[finite] + 0.0)
 
 
 @given(x=any_finite())
@@ -114,7 +120,7 @@ def test_bf16_rounds_as_torch_does_where_it_does_not_clip(x: F32) -> None:
     assert_same_bits(CODECS["bf16"].decode(CODECS["bf16"].encode(x), x.size)[kept] + 0.0, rounded[kept] + 0.0)
 
 
-@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize("name", sorted(DENSE))
 @given(x=any_finite(), weight=st.sampled_from(WEIGHTS), data=st.data())
 @quick
 def test_accumulation_rounds_after_every_operation_as_numpy_does(
@@ -128,7 +134,7 @@ def test_accumulation_rounds_after_every_operation_as_numpy_does(
     assert_same_bits(acc, start + np.float32(weight) * reference_decode(name, raw, x.size))
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("name", sorted(DENSE))
 def test_accumulation_never_fuses_multiply_and_add(name: str) -> None:
     """acc = −round(w·v): two roundings give exactly 0, a fused multiply-add the product's rounding error."""
     codec, weight = CODECS[name], np.float32(1 / 3)
@@ -142,7 +148,7 @@ def test_accumulation_never_fuses_multiply_and_add(name: str) -> None:
     assert_same_bits(np.abs(acc), np.zeros_like(acc))
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "int8", "int4", "e3m0"])
 @given(x=any_finite())
 @quick
 def test_an_anchor_moves_by_the_same_bits_fused_or_not(name: str, x: F32) -> None:
@@ -166,20 +172,28 @@ def test_square_sum_does_not_overflow_or_lose_small_terms() -> None:
     assert kernels.square_sum(np.zeros(0, np.float32)) == 0.0
 
 
+@given(any_finite())
+@quick
+def test_square_sum_has_the_bits_of_the_reference(x: F32) -> None:
+    assert kernels.square_sum(x) == reference.square_sum(x)
+
+
 def test_warm_up_leaves_nothing_to_compile_for_the_first_round() -> None:
     """Sections arrive as read-only bytes, which numba compiles for separately. In a process of its own."""
     script = """
 import numpy as np
-from shared.codecs import CODECS, kernels, warm_up
+from shared.codecs import CODECS, kernels, topk_kernels, warm_up
 warm_up()
-compiled = {name: len(kernel.signatures) for name, kernel in vars(kernels).items() if hasattr(kernel, "signatures")}
+found = [*vars(kernels).items(), *vars(topk_kernels).items()]
+compiled = [(name, kernel, len(kernel.signatures)) for name, kernel in found if hasattr(kernel, "signatures")]
 x = np.linspace(-1, 1, 65, dtype=np.float32)
 for codec in CODECS.values():
     section = np.frombuffer(codec.encode(x).tobytes(), dtype=np.uint8)
-    codec.check(section, x.size)
+    codec.screen(section, x.size)
+    codec.encode(x, x.copy(), -1.0)
     codec.decode(section, x.size)
     codec.accumulate(section, 0.5, x.copy())
-later = [name for name, count in compiled.items() if len(getattr(kernels, name).signatures) != count]
+later = [name for name, kernel, count in compiled if len(kernel.signatures) != count]
 print(",".join(later))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

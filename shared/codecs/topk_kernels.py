@@ -1,0 +1,339 @@
+"""CPU kernels of topk2; `fastmath` off and bit for bit the NumPy form in `reference`, as those in `kernels`."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from shared.codecs.kernels import (
+    BAD_MODE,
+    F32,
+    I32,
+    NEGATIVE,
+    NOT_FINITE,
+    OUT_OF_ORDER,
+    OUT_OF_RANGE,
+    SOUND,
+    TOO_LARGE,
+    U8,
+    U32,
+    WRONG_LENGTH,
+)
+
+BLOCK = 4096
+INDEX_BITS, MOST_RICE, PLAIN = 12, 11, 255
+FITTINGS = 4
+"""Rounds of Lloyd's algorithm for the two levels; from the mean on, more change nothing that matters."""
+LARGEST = np.uint32(0x7F000000)
+"""The fp32 bits of 2¹²⁷: below it a level rounds to a finite bf16."""
+LARGEST_LEVEL = np.uint16(0x7F00)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
+_HIGH_BITS, _LOW_BITS = 11, 9
+
+_jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+
+@_jit
+def kept(k: int, elements: int) -> int:
+    """How many of a block of `elements` are sent."""
+    return (k * elements + BLOCK - 1) // BLOCK
+
+
+# -- encoding
+
+
+@_jit
+def _bin_of_rank(histogram: I32, rank: int) -> tuple[int, int]:
+    """The bin, counted from the largest, in which the element of this rank (from 1) lies, and how many are above it."""
+    above, at = 0, histogram.size - 1
+    while above + histogram[at] < rank:
+        above += histogram[at]
+        at -= 1
+    return at, above
+
+
+@_jit
+def _threshold(magnitudes: U32, rank: int, histogram: I32) -> tuple[np.uint32, int]:
+    """The magnitude (fp32 bits) of rank `rank`, and how many are larger: a radix selection, 11, 11 and 9 bits."""
+    shift = np.uint32(_HIGH_BITS + _LOW_BITS)
+    histogram[:] = 0
+    for i in range(magnitudes.size):
+        histogram[magnitudes[i] >> shift] += 1
+    high, larger = _bin_of_rank(histogram, rank)
+    histogram[:] = 0
+    for i in range(magnitudes.size):
+        if magnitudes[i] >> shift == np.uint32(high):
+            histogram[(magnitudes[i] >> np.uint32(_LOW_BITS)) & np.uint32(2047)] += 1
+    middle, above = _bin_of_rank(histogram, rank - larger)
+    larger += above
+    found = (np.uint32(high) << np.uint32(_HIGH_BITS)) | np.uint32(middle)
+    histogram[:] = 0
+    for i in range(magnitudes.size):
+        if magnitudes[i] >> np.uint32(_LOW_BITS) == found:
+            histogram[magnitudes[i] & np.uint32(511)] += 1
+    low, above = _bin_of_rank(histogram[:512], rank - larger)
+    return (found << np.uint32(_LOW_BITS)) | np.uint32(low), larger + above
+
+
+@_jit
+def _choose(magnitudes: U32, rank: int, histogram: I32, indices: I32) -> None:
+    """The places of the `rank` largest, in order; of equals, those that come first."""
+    threshold, larger = _threshold(magnitudes, rank, histogram)
+    ties, n = rank - larger, 0
+    for i in range(magnitudes.size):
+        if magnitudes[i] >= threshold:
+            if magnitudes[i] == threshold:
+                if ties == 0:
+                    continue
+                ties -= 1
+            indices[n] = i
+            n += 1
+
+
+@_jit
+def _bf16(x: np.float32, scratch: F32) -> np.uint32:
+    """The nearest bf16, halves to even, as its bits."""
+    scratch[0] = x
+    bits = scratch.view(np.uint32)[0]
+    return np.uint32((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_jit
+def _fit(values: F32) -> tuple[np.float32, np.float32]:
+    """The two magnitudes that fit best: Lloyd's algorithm, from the mean."""
+    total = 0.0
+    for i in range(values.size):
+        total += np.float64(values[i])
+    low = high = total / values.size
+    for _ in range(FITTINGS):
+        middle = (low + high) / 2
+        below = above = 0.0
+        count = 0
+        for i in range(values.size):
+            if np.float64(values[i]) > middle:
+                above += np.float64(values[i])
+                count += 1
+            else:
+                below += np.float64(values[i])
+        if count == 0 or count == values.size:
+            break
+        low, high = below / (values.size - count), above / count
+    return np.float32(low), np.float32(high)
+
+
+@_jit
+def _rice_bits(indices: I32, r: int) -> int:
+    total, before = indices.size * (r + 1), -1
+    for n in range(indices.size):
+        total += (indices[n] - before - 1) >> r
+        before = indices[n]
+    return total
+
+
+@_jit
+def _best_mode(indices: I32) -> int:
+    """The Rice parameter that takes fewest bits, or PLAIN where none beats plain indices."""
+    best, fewest = PLAIN, INDEX_BITS * indices.size
+    for r in range(MOST_RICE + 1):
+        bits = _rice_bits(indices, r)
+        if bits < fewest:
+            best, fewest = r, bits
+    return best
+
+
+@_jit
+def _write_indices(indices: I32, mode: int, out: U8) -> int:
+    """Writes the indices of a block; the bytes that they take."""
+    held, filled, at, before = np.uint64(0), 0, 0, -1
+    for n in range(indices.size):
+        if mode == PLAIN:
+            held |= np.uint64(indices[n]) << np.uint64(filled)
+            filled += INDEX_BITS
+        else:
+            gap = indices[n] - before - 1
+            before = indices[n]
+            ones = gap >> mode
+            while ones >= 8:
+                held |= np.uint64(255) << np.uint64(filled)
+                filled += 8
+                ones -= 8
+                while filled >= 8:
+                    out[at] = np.uint8(held & np.uint64(255))
+                    held >>= np.uint64(8)
+                    at, filled = at + 1, filled - 8
+            held |= ((np.uint64(1) << np.uint64(ones)) - np.uint64(1)) << np.uint64(filled)
+            filled += ones + 1
+            held |= np.uint64(gap & ((1 << mode) - 1)) << np.uint64(filled)
+            filled += mode
+        while filled >= 8:
+            out[at] = np.uint8(held & np.uint64(255))
+            held >>= np.uint64(8)
+            at, filled = at + 1, filled - 8
+    if filled > 0:
+        out[at] = np.uint8(held)
+        at += 1
+    return at
+
+
+@_jit
+def encode(k: int, x: F32, raw: U8, target: F32, sign: np.float32) -> tuple[int, int]:
+    """Encodes a chunk into `raw`, and adds `sign` times what it decodes to to `target` (empty: to nothing; it may be
+    `x` itself): (what is wrong with the values, the bytes taken)."""
+    blocks = (x.size + BLOCK - 1) // BLOCK
+    levels = raw[: 4 * blocks].view(np.uint16)
+    value_at = 5 * blocks
+    index_at = value_at + (blocks - 1) * ((k + 3) // 4) if blocks else 0
+    if blocks:
+        index_at += (kept(k, x.size - (blocks - 1) * BLOCK) + 3) // 4
+    bits = x.view(np.uint32)
+    magnitudes, histogram = np.empty(BLOCK, np.uint32), np.empty(2048, np.int32)
+    indices, chosen = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
+    level_bits, scratch = np.empty(2, np.uint32), np.empty(1, np.float32)
+    level = level_bits.view(np.float32)
+    for b in range(blocks):
+        start, stop = b * BLOCK, min((b + 1) * BLOCK, x.size)
+        size, count = stop - start, kept(k, stop - start)
+        largest = np.uint32(0)
+        for i in range(size):
+            magnitudes[i] = bits[start + i] & _MAGNITUDE
+            largest = max(largest, magnitudes[i])
+        if largest >= LARGEST:
+            return NOT_FINITE if largest >= _INFINITY else TOO_LARGE, 0
+        _choose(magnitudes[:size], count, histogram, indices)
+        for n in range(count):
+            chosen[n] = abs(x[start + indices[n]])
+        low, high = _fit(chosen[:count])
+        for n, fitted in enumerate((low, high)):
+            level_bits[n] = _bf16(fitted, scratch)
+            levels[2 * b + n] = np.uint16(level_bits[n])
+            level_bits[n] <<= np.uint32(16)
+        middle = (np.float64(level[0]) + np.float64(level[1])) / 2
+        for n in range(count):
+            code = np.uint8(np.float64(chosen[n]) > middle)
+            i = start + indices[n]
+            negative = bits[i] > _MAGNITUDE
+            if target.size:
+                value = level[code]
+                target[i] += sign * (-value if negative else value)
+            code |= np.uint8(2) if negative else np.uint8(0)
+            if n % 4 == 0:
+                raw[value_at + n // 4] = np.uint8(0)
+            raw[value_at + n // 4] |= code << np.uint8(2 * (n % 4))
+        value_at += (count + 3) // 4
+        mode = _best_mode(indices[:count])
+        raw[4 * blocks + b] = np.uint8(mode)
+        index_at += _write_indices(indices[:count], mode, raw[index_at:])
+    return SOUND, index_at
+
+
+# -- decoding
+
+
+@_jit
+def _read_indices(coded: U8, mode: int, size: int, indices: I32) -> tuple[int, int]:
+    """Reads the indices of a block of `size` elements: (what is wrong with them, the bytes that they took)."""
+    held, filled, at, before = np.uint64(0), 0, 0, -1
+    for n in range(indices.size):
+        wanted = INDEX_BITS if mode == PLAIN else mode
+        index = before + 1
+        if mode != PLAIN:
+            one = True
+            while one:
+                if filled == 0:
+                    if at == coded.size:
+                        return WRONG_LENGTH, at
+                    held = np.uint64(coded[at])
+                    at, filled = at + 1, 8
+                one = (held & np.uint64(1)) != np.uint64(0)
+                held >>= np.uint64(1)
+                filled -= 1
+                if one:
+                    index += 1 << mode
+                    if index >= size:
+                        return OUT_OF_RANGE, at
+        while filled < wanted:
+            if at == coded.size:
+                return WRONG_LENGTH, at
+            held |= np.uint64(coded[at]) << np.uint64(filled)
+            at, filled = at + 1, filled + 8
+        low = int(held & np.uint64((1 << wanted) - 1))
+        held >>= np.uint64(wanted)
+        filled -= wanted
+        index = low if mode == PLAIN else index + low
+        if index >= size:
+            return OUT_OF_RANGE, at
+        if index <= before:
+            return OUT_OF_ORDER, at
+        indices[n] = index
+        before = index
+    return SOUND, at
+
+
+@_jit
+def _flaw_of_levels(low: np.uint16, high: np.uint16) -> int:
+    for level in (low, high):
+        if (level & np.uint16(0x7FFF)) >= np.uint16(0x7F80):
+            return NOT_FINITE
+        if level & np.uint16(0x8000):
+            return NEGATIVE
+        if level > LARGEST_LEVEL:
+            return TOO_LARGE
+    return OUT_OF_ORDER if low > high else SOUND
+
+
+@_jit
+def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32) -> tuple[int, float]:
+    """acc += weight · decoded (to nothing where it is empty): (what is wrong, Σ decoded²)."""
+    blocks = (elements + BLOCK - 1) // BLOCK
+    if blocks == 0:
+        return SOUND if raw.size == 0 else WRONG_LENGTH, 0.0
+    value_at = 5 * blocks
+    index_at = value_at + (blocks - 1) * ((k + 3) // 4) + (kept(k, elements - (blocks - 1) * BLOCK) + 3) // 4
+    if raw.size < index_at:
+        return WRONG_LENGTH, 0.0
+    indices = np.empty(k, np.int32)
+    level_bits = np.empty(2, np.uint32)
+    level = level_bits.view(np.float32)
+    total = 0.0
+    for b in range(blocks):
+        start, stop = b * BLOCK, min((b + 1) * BLOCK, elements)
+        count = kept(k, stop - start)
+        for n in range(2):
+            at = 4 * b + 2 * n
+            level_bits[n] = np.uint32(raw[at]) | (np.uint32(raw[at + 1]) << np.uint32(8))
+        flaw = _flaw_of_levels(np.uint16(level_bits[0]), np.uint16(level_bits[1]))
+        if flaw != SOUND:
+            return flaw, 0.0
+        for n in range(2):
+            level_bits[n] <<= np.uint32(16)
+        mode = int(raw[4 * blocks + b])
+        if mode > MOST_RICE and mode != PLAIN:
+            return BAD_MODE, 0.0
+        flaw, used = _read_indices(raw[index_at:], mode, stop - start, indices[:count])
+        if flaw != SOUND:
+            return flaw, 0.0
+        index_at += used
+        squares = (np.float64(level[0]) ** 2, np.float64(level[1]) ** 2)
+        for n in range(count):
+            code = raw[value_at + n // 4] >> np.uint8(2 * (n % 4))
+            value = level[code & np.uint8(1)]
+            total += squares[code & np.uint8(1)]
+            if acc.size:
+                acc[start + indices[n]] += weight * (-value if code & np.uint8(2) else value)
+        value_at += (count + 3) // 4
+    return SOUND if index_at == raw.size else WRONG_LENGTH, total
+
+
+@_jit
+def accumulate(k: int, raw: U8, weight: np.float32, acc: F32) -> int:
+    """acc += weight · decoded, in place; elements that were not sent are not touched. What is wrong, if anything is;
+    `acc` is of no use then."""
+    flaw, _ = _decode(k, raw, acc.size, weight, acc)
+    return flaw
+
+
+@_jit
+def screen(k: int, raw: U8, elements: int) -> tuple[int, float]:
+    """(what is wrong, Σ decoded²) of a chunk."""
+    return _decode(k, raw, elements, np.float32(0), np.empty(0, np.float32))
