@@ -101,6 +101,7 @@ def rule_of(config: RunConfig, close: CloseRound) -> OuterRule:
         delay_c=outer.delay_c,
         beta2=outer.beta2,
         epsilon=outer.epsilon,
+        grid_step=wire.publish_grid,
     )
 
 

@@ -8,7 +8,7 @@ Keys beyond those of the design's section 4: `[run] min_sites` (a run of several
 with whoever came first, or its result depends on luck), `[store]` (how much history the coordinator
 keeps), `[devices] threads` and `throttle`, `[site] patience_seconds`, `checkpoint_seconds` and `evaluate`, and the
 keys of decoupled training (`[outer] partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`,
-`staleness_decay`; `[wire] topk`, `feedback_decay`). Their
+`staleness_decay`; `[wire] topk`, `feedback_decay`, `upload_step`, `publish_step`). Their
 reasons stand in docs/configuration.md.
 """
 
@@ -37,6 +37,8 @@ UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2"]
 PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 TOPK_FEEDBACK = 0.95
 """β of SparseLoCo (arXiv 2508.15706)."""
+UPLOAD_STEP, PUBLISH_STEP = 0.0, 0.0
+"""The least grid steps of int4, measured (docs/results/quality.md)."""
 RECEIVED = "received"
 MOST = 10**6
 """No count that is not one of tokens is larger: it must fit everything that it goes through."""
@@ -157,6 +159,8 @@ class WireTable(_Table):
     topk: int = Field(128, ge=1, le=1024, description="of each 4096 elements so many are sent, from 1 to 1024")
     error_feedback: bool = True
     feedback_decay: Literal["auto"] | float = Field("auto", description='β: "auto" or a number from 0 to 1')
+    upload_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
+    publish_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
     zstd_level: int = Field(1, ge=0, le=19, description="a whole number from 0 (off) to 19")
 
     @field_validator("feedback_decay")
@@ -165,6 +169,28 @@ class WireTable(_Table):
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError("out of range")
         return value
+
+    @field_validator("upload_step", "publish_step")
+    @classmethod
+    def _grid(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not 0 <= value <= 3:
+            raise ValueError("out of range")
+        return value
+
+    @property
+    def upload_grid(self) -> float:
+        """The least step of a contribution's integer grid, in root mean squares of its block."""
+        if self.upload_step == "auto":
+            squeezed = self.upload == "int4" and self.error_feedback and self.zstd_level
+            return UPLOAD_STEP if squeezed else 0.0
+        return self.upload_step
+
+    @property
+    def publish_grid(self) -> float:
+        """The same of a delta."""
+        if self.publish_step == "auto":
+            return PUBLISH_STEP if self.publish == "int4" and self.zstd_level else 0.0
+        return self.publish_step
 
     @property
     def upload_codec(self) -> str:
@@ -325,6 +351,16 @@ def _check_wire(wire: WireTable, outer: OuterTable) -> None:
             )
     elif "topk" in stated:
         raise ValueError(f'[wire] topk has no effect with upload = "{wire.upload}": drop it, or upload = "topk2"')
+    for key, codec in (("upload_step", wire.upload), ("publish_step", wire.publish)):
+        if key in stated and codec not in ("int8", "int4"):
+            raise ValueError(
+                f'[wire] {key} has no effect with "{codec}", which has no even grid: drop it, or use "int4"'
+            )
+    if wire.upload_step not in ("auto", 0.0) and not wire.error_feedback:
+        raise ValueError(
+            "[wire] upload_step above 0 leaves much of what is trained to error_feedback, and that is false: drop it, "
+            "or error_feedback = true"
+        )
     if not wire.error_feedback and "feedback_decay" in stated:
         raise ValueError(
             "[wire] feedback_decay has no effect with error_feedback = false: drop it, or error_feedback = true"

@@ -26,7 +26,7 @@ import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.codecs import Codec, codec_named
+from shared.codecs import Codec, codec_named, grid
 from shared.codecs.kernels import F32, U8
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
@@ -115,12 +115,19 @@ def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
     return b"".join([_PREFIX.pack(MAGIC, len(packed)), packed, *sections])
 
 
-def encode_flat(header: Header, fragment: Fragment, flat: F32, zstd_level: int, residual: F32 | None = None) -> bytes:
-    """`flat` (fp32, fragment.size) encoded under the header's codec, as one container.
+def encode_flat(
+    header: Header,
+    fragment: Fragment,
+    flat: F32,
+    zstd_level: int,
+    residual: F32 | None = None,
+    grid_step: float = 0.0,
+) -> bytes:
+    """`flat` (fp32, fragment.size) encoded under the header's codec, as one container; `grid_step`: see codecs.grid.
 
     `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
     """
-    codec = codec_named(header.codec)
+    codec = grid(header.codec, grid_step)
     sections = []
     for chunk in fragment.chunks(header.chunk):
         x = flat[chunk.start : chunk.stop]

@@ -68,7 +68,7 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
     )
     left = np.empty_like(delta) if wire.error_feedback else None
     try:
-        return encode_flat(header, fragment, delta, wire.zstd_level, left), left
+        return encode_flat(header, fragment, delta, wire.zstd_level, left, wire.upload_grid), left
     except ValueError as error:
         raise DivergedError(
             f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"

@@ -94,6 +94,7 @@ def step(
     optimizer: int,
     scalars: F32,
     codec: int,
+    least_step: np.float32,
     delta: F32,
     master: F32,
     first: F32,
@@ -124,7 +125,7 @@ def step(
                 _delayed(scalars[part], d, m, first[start:stop], second[start:stop], p, out)
         low, high = payload_range(codec, start, stop)
         blocks = scales[start // BLOCK : (stop + BLOCK - 1) // BLOCK] if codec >= INT8 else scales[:0]
-        flaw = encode_tile(codec, out, blocks, payload[low:high], p, np.float32(1), scratch)
+        flaw = encode_tile(codec, least_step, out, blocks, payload[low:high], p, np.float32(1), scratch)
         if flaw != SOUND:
             return flaw, squares
     return SOUND, squares

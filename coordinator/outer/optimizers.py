@@ -53,7 +53,7 @@ class Update:
         raw = np.empty(codec.size(delta.size), dtype=np.uint8)
         split = codec.split(raw, delta.size)
         flaw, squares = kernels.step(
-            self.kind, self.scalars, codec.kind, delta, master, first, second, published, *split
+            self.kind, self.scalars, codec.kind, codec.step, delta, master, first, second, published, *split
         )
         codec.require_sound(flaw)
         return raw, float(squares)
@@ -66,7 +66,7 @@ class OuterRule:
     `share` is the part of a full round that this one is worth (see `core.rounds.share`): Nesterov, SGD and Adam then
     take that part of a step, and Nesterov's momentum decays by that part (Adam's moments are averages over rounds, of
     whatever size). `period` and `delay_c` are N and c of Delayed Nesterov, which has its own way of it; `momentum` is
-    μ, β or β₁, `beta2` and `epsilon` are Adam's.
+    μ, β or β₁, `beta2` and `epsilon` are Adam's. `grid_step` is the delta's least grid step (see shared.codecs.grid).
     """
 
     optimizer: Optimizer
@@ -81,6 +81,7 @@ class OuterRule:
     delay_c: float = 0.0
     beta2: float = 0.99
     epsilon: float = 1e-8
+    grid_step: float = 0.0
 
 
 def update_of(rule: OuterRule, count: int, arrivals: int) -> tuple[Update, int]:

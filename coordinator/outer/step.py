@@ -173,7 +173,7 @@ def _step_chunk(
     at = slice(chunk.start, chunk.stop)
     master, published = state.master[at], state.published[at]
     slots = [values[at] for values in state.slots.values()]
-    raw, squares = update(merge.merged(section, chunk), master, slots, published, DENSE[rule.codec])
+    raw, squares = update(merge.merged(section, chunk), master, slots, published, merge.delta_codec)
     digests = [digest_chunk(values) for values in (published, master, *slots)]
     return pack_section(raw, rule.zstd_level), digests, squares
 
@@ -191,6 +191,7 @@ class _Merge:
     ) -> None:
         self._state, self._contributions, self._rule = state, contributions, rule
         self._executor, self._embeddings = executor, embeddings
+        self.delta_codec = DENSE[rule.codec].with_step(rule.grid_step)
         self._chunks = state.fragment.chunks()
         starts = {chunk.start: section for section, chunk in enumerate(self._chunks)}
         stops = {chunk.stop: section + 1 for section, chunk in enumerate(self._chunks)}

@@ -8,8 +8,8 @@ and an anchor moves by `accumulate(raw, 1, anchor)`, the same arithmetic at the 
     fp32      4                   –                        0
     bf16      2                   –                        2⁻⁸ of it
     fp16      2                   –                        2⁻¹¹ of it (beyond ±65504: clipped)
-    int8      1 + 1/32            bf16 per block of 64     half a step, max|block|/127 (rounded up to bf16)
-    int4      1/2 + 1/32          bf16 per block of 64     half a step, max|block|/7 (rounded up to bf16)
+    int8      1 + 1/32            bf16 per block of 64     half a step: max|block|/127, or a wider one
+    int4      1/2 + 1/32          bf16 per block of 64     half a step: max|block|/7, or a wider one
     e3m0      1/2 + 1/32          bf16 per block of 64     a third of it, or max|block|/128 if that is more
     topk2-k   about 0.034 for     two bf16 levels per      all of it, where it is not of the k largest of 4096
               k = 128             block of 4096
@@ -33,7 +33,7 @@ from shared.codecs.dense import DENSE, Dense
 from shared.codecs.topk import MOST_KEPT, TopK
 from shared.errors import FormatError
 
-__all__ = ["CODECS", "DENSE", "Codec", "Dense", "TopK", "codec_named", "warm_up"]
+__all__ = ["CODECS", "DENSE", "Codec", "Dense", "TopK", "codec_named", "grid", "warm_up"]
 
 CODECS: dict[str, Codec] = {**DENSE, "topk2-128": TopK(128)}
 """Every codec by its name on the wire; of topk2, whose k is part of its name, the default."""
@@ -50,6 +50,14 @@ def codec_named(name: str) -> Codec:
     if match is None or int(match[1]) > MOST_KEPT:
         raise FormatError(f"codec {name[:32]!r} is not known here; {', '.join(CODECS)} would do")
     return TopK(int(match[1]))
+
+
+@cache
+def grid(name: str, step: float) -> Codec:
+    """The codec of this name, encoding integers on no finer a grid than `step` root mean squares of a block; what it
+    makes of floats and of topk2 does not depend on it. Raises FormatError."""
+    codec = codec_named(name)
+    return codec.with_step(step) if isinstance(codec, Dense) and step > 0 else codec
 
 
 def warm_up() -> None:

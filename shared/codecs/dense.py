@@ -11,10 +11,14 @@ from shared.codecs.kernels import BLOCK, F32, U8, U16
 
 class Dense(Codec):
     """A codec that has `bits` for every element: floats, or integers (and `kind` INT8 or above) with a bf16 scale for
-    each block of 64. All scales come first."""
+    each block of 64. All scales come first.
 
-    def __init__(self, name: str, kind: int, bits: int) -> None:
-        self.name, self.kind, self._bits = name, kind, bits
+    `step` is for encoding alone: the least step of an integer grid, in root mean squares of its block. What is coarser
+    than its largest value needs costs fewer bytes once zstd has been over it, and error feedback keeps what is lost.
+    """
+
+    def __init__(self, name: str, kind: int, bits: int, step: float = 0.0) -> None:
+        self.name, self.kind, self.step, self._bits = name, kind, np.float32(step), bits
         self._scaled = kind >= kernels.INT8
 
     def size(self, elements: int) -> int:
@@ -28,7 +32,8 @@ class Dense(Codec):
     def encode(self, x: F32, target: F32 | None = None, sign: float = 1.0) -> U8:
         raw = np.empty(self.size(x.size), dtype=np.uint8)
         into = NOTHING if target is None else target
-        self.require_sound(kernels.encode(self.kind, x, *self.split(raw, x.size), into, np.float32(sign)))
+        split = self.split(raw, x.size)
+        self.require_sound(kernels.encode(self.kind, self.step, x, *split, into, np.float32(sign)))
         return raw
 
     def accumulate(self, raw: U8, weight: float, acc: F32) -> None:
@@ -38,6 +43,10 @@ class Dense(Codec):
         flaw, squares = kernels.screen(self.kind, *self.split(raw, elements), elements)
         refuse_flaw(flaw, "scale" if self._scaled else "value")
         return float(squares)
+
+    def with_step(self, step: float) -> Dense:
+        """The same codec, encoding with another least step."""
+        return Dense(self.name, self.kind, self._bits, step)
 
     def _blocks(self, elements: int) -> int:
         return -(-elements // BLOCK) if self._scaled else 0

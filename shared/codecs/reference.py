@@ -19,15 +19,35 @@ def bf16_round_up(x: F32) -> F32:
     return (((bits + 0xFFFF) >> 16) << 16).astype(np.uint32).view(np.float32)
 
 
-def block_scales(x: F32, levels: int) -> F32:
-    """max|block| / levels, rounded up to bf16; 0 where that is below the normal range. fp32 (blocks,)"""
-    scale = bf16_round_up(np.abs(_padded(x)).max(axis=1) / np.float32(levels)) if x.size else np.zeros(0, np.float32)
+def root_mean_squares(x: F32) -> F32:
+    """Of each block √(Σ x²/n) in fp32: sixteen interleaved sums, then those pairwise. fp32 (blocks,)"""
+    lanes = np.zeros((-(-x.size // BLOCK), 16), np.float32)
+    with np.errstate(over="ignore"):
+        for column in range(0, BLOCK, 16):
+            lanes += _padded(x)[:, column : column + 16] ** 2
+        for half in (8, 4, 2, 1):
+            lanes = lanes[:, :half] + lanes[:, half:]
+    counts = np.minimum(BLOCK, x.size - BLOCK * np.arange(lanes.shape[0])).astype(np.float32)
+    root: F32 = np.sqrt(lanes[:, 0] / counts)
+    return root
+
+
+def block_scales(x: F32, levels: int, step: float = 0.0) -> F32:
+    """The larger of max|block| / levels and step · rms(block), rounded up to bf16; 0 where that is below the normal
+    range. fp32 (blocks,)"""
+    if not x.size:
+        return np.zeros(0, np.float32)
+    scale = np.abs(_padded(x)).max(axis=1) / np.float32(levels)
+    if step:
+        wide = np.minimum(np.float32(step) * root_mean_squares(x), np.float32(levels) * scale)
+        scale = np.maximum(scale, wide)
+    scale = bf16_round_up(scale)
     return np.where(scale >= np.float32(2.0**-126), scale, np.float32(0)).astype(np.float32)
 
 
-def quantise(x: F32, levels: int) -> tuple[F32, NDArray[np.int8]]:
+def quantise(x: F32, levels: int, step: float = 0.0) -> tuple[F32, NDArray[np.int8]]:
     """Scales (blocks,) and integers (n,) of a symmetric block quantiser."""
-    scale = block_scales(x, levels)
+    scale = block_scales(x, levels, step)
     inverse = np.zeros_like(scale)
     np.divide(np.float32(1), scale, out=inverse, where=scale > 0)
     q = np.clip(np.rint(_padded(x) * inverse[:, None]), -levels, levels).astype(np.int8)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shared.codecs import CODECS, DENSE, kernels, reference
+from shared.codecs import CODECS, DENSE, grid, kernels, reference
 
 F32 = NDArray[np.float32]
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 200)
@@ -73,13 +73,14 @@ def reference_decode(name: str, raw: NDArray[np.uint8], n: int) -> F32:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("step", [0.0, 0.25, 1.0, 3.0])
 @given(x=any_finite())
 @quick
-def test_integer_encoding_has_the_bits_of_the_reference(name: str, x: F32) -> None:
+def test_integer_encoding_has_the_bits_of_the_reference(name: str, step: float, x: F32) -> None:
     x = np.clip(x, -1e36, 1e36)  # beyond, encoding refuses
-    scale, q = reference.quantise(x, LEVELS[name])
+    scale, q = reference.quantise(x, LEVELS[name], step)
     payload = q.view(np.uint8) if name == "int8" else reference.pack_nibbles(q + 8, 8)
-    np.testing.assert_array_equal(CODECS[name].encode(x), section(scale, payload))
+    np.testing.assert_array_equal(grid(name, step).encode(x), section(scale, payload))
 
 
 @given(x=any_finite())
