@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import arguments, copy_bytes_per_second, report
+from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import OuterRule
-from coordinator.outer.step import OuterState, Weighted, outer_step, warm_up
+from coordinator.outer.step import OuterState, outer_step, warm_up
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import Header, encode_flat, open_container, tensor_table
 

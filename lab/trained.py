@@ -19,7 +19,8 @@ import torch
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import CloseRound, RunCore
 from coordinator.initial import initial_weights
-from coordinator.outer.step import OuterState, Weighted, outer_step
+from coordinator.outer.merge import Weighted
+from coordinator.outer.step import OuterState, outer_step
 from coordinator.service import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
 from shared.config import RunConfig

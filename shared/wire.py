@@ -31,6 +31,7 @@ from shared.codecs.kernels import F32, U8
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
 
+Buffer = bytes | memoryview
 MAGIC = b"ISTHMUS\x01"
 _PREFIX = struct.Struct("<8sI")
 _LONGEST_COUNT = 10**15
@@ -102,12 +103,12 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def pack_section(raw: U8, zstd_level: int) -> bytes:
-    """The raw bytes of one chunk as a section; `zstd_level` 0 leaves them as they are."""
-    return _zstd.compressor(zstd_level).compress(raw.data) if zstd_level else raw.tobytes()
+def pack_section(raw: U8, zstd_level: int) -> Buffer:
+    """The raw bytes of one chunk as a section; `zstd_level` 0 leaves them as they are, and where they are."""
+    return _zstd.compressor(zstd_level).compress(raw.data) if zstd_level else raw.data
 
 
-def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
+def pack_container(header: Header, sections: Sequence[Buffer]) -> bytes:
     """The container of `sections`; the header's `sizes` are filled in from them."""
     sized = header.model_copy(update={"sizes": [len(section) for section in sections]})
     # Left out where there is none: most runs have none.
@@ -180,10 +181,14 @@ class File:
         """At most `size` bytes from `offset` on, in memory that this thread's next reading of any file takes again:
         fresh pages for every section would cost more than the reading."""
         buffer = _buffer.of(size)
+        return buffer[: self.read_into(offset, buffer)]
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills `buffer` from `offset` on; how many bytes there were."""
         filled = 0
-        while filled < size and (got := os.preadv(self._descriptor, [buffer[filled:]], offset + filled)):
+        while filled < len(buffer) and (got := os.preadv(self._descriptor, [buffer[filled:]], offset + filled)):
             filled += got
-        return buffer[:filled]
+        return filled
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -213,6 +218,13 @@ class Container:
             least, most = self.codec.least(elements), self.codec.size(elements)
             return np.frombuffer(_decompress(data, least, most, section), dtype=np.uint8)
         return np.frombuffer(data, dtype=np.uint8)
+
+    def read_raw(self, section: int, out: U8) -> None:
+        """The raw bytes of one section of a codec that always has as many, into `out` uint8 (codec.size(…),)."""
+        if self.header.zstd or not isinstance(self._source, File):
+            out[:] = self.raw(section)
+        elif (got := self._source.read_into(self._offsets[section], out.data)) != out.size:
+            raise FormatError(f"section {section} is cut short: {got} of {out.size} bytes")
 
     def accumulate(self, section: int, weight: float, acc: F32) -> None:
         """acc += weight · decoded section; acc is fp32 (chunks[section].size,)."""

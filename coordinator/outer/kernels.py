@@ -1,7 +1,9 @@
-"""The outer step of one chunk as one kernel: the optimizer's step, the delta's encoding, and Θ̂ moved along.
+"""The outer step of one chunk as one kernel: contributions merged, the optimizer's step, the delta's encoding, and Θ̂
+moved along.
 
-It goes through the chunk in tiles, so that what the optimizer leaves (Θ − Θ̂) is encoded, and added to Θ̂, while it is
-in the first-level cache: each vector of the state crosses the memory bus once each way. `fastmath` off, as in
+It goes through the chunk in tiles. The sum of a tile's contributions never leaves the first-level cache, nor does what
+the optimizer makes of it (Θ − Θ̂) before it is encoded and added to Θ̂: what crosses the memory bus is each vector of the
+state once each way, and the bytes that came and go. `fastmath` off, as in
 shared.codecs.kernels.
 
 What a step needs of its rule are fp32 scalars, in an array (parts, 7) whose columns each optimizer documents; only
@@ -14,7 +16,17 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.codecs.kernels import BLOCK, INT8, SOUND, TILE, encode_tile, new_scratch, payload_range, square_sum
+from shared.codecs.kernels import (
+    BLOCK,
+    INT8,
+    SOUND,
+    TILE,
+    encode_tile,
+    new_scratch,
+    payload_range,
+    square_sum,
+    sum_tile,
+)
 
 F32 = NDArray[np.float32]
 U16 = NDArray[np.uint16]
@@ -95,6 +107,10 @@ def step(
     scalars: F32,
     codec: int,
     least_step: np.float32,
+    kind: int,
+    cut: int,
+    raws: U8,
+    weights: F32,
     delta: F32,
     master: F32,
     first: F32,
@@ -103,16 +119,24 @@ def step(
     scales: U16,
     payload: U8,
 ) -> tuple[int, float]:
-    """Steps Θ and the optimizer's slots (`first` and `second`; empty where it has fewer) by Δ, encodes Θ − Θ̂ into
-    `scales` and `payload`, and moves Θ̂ by what they decode to. All in place, a chunk each.
+    """One outer step of a chunk from its contributions to its delta, all in place.
 
-    Returns what is wrong with the values, if anything is (the state is of no use then), and Σ Δ² in double precision.
+    Δ is `delta` (empty: zero) plus Σ weights[n] · decoded raws[n] (see shared.codecs.kernels.sum_tile). Steps Θ and the
+    optimizer's slots (`first` and `second`; empty where it has fewer) by Δ, encodes Θ − Θ̂ into `scales` and `payload`,
+    and moves Θ̂ by what they decode to. Returns what is wrong with the values, if anything is (the state is of no use
+    then), and Σ Δ² in double precision.
     """
     squares = 0.0
-    change, scratch = np.empty(TILE, np.float32), new_scratch()
-    for start in range(0, delta.size, TILE):
-        stop = min(start + TILE, delta.size)
-        d, m, p, out = delta[start:stop], master[start:stop], published[start:stop], change[: stop - start]
+    merged, change, scratch = np.empty(TILE, np.float32), np.empty(TILE, np.float32), new_scratch()
+    for start in range(0, master.size, TILE):
+        stop = min(start + TILE, master.size)
+        m, p, out = master[start:stop], published[start:stop], change[: stop - start]
+        d = merged[: stop - start]
+        if delta.size:
+            d[:] = delta[start:stop]
+        else:
+            d[:] = np.float32(0)
+        sum_tile(kind, cut, raws, weights, start, d, scratch)
         squares += square_sum(d)
         if optimizer == NESTEROV:
             _nesterov(scalars[0], d, m, first[start:stop], p, out)

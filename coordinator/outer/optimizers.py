@@ -38,22 +38,55 @@ _KINDS: dict[Optimizer, int] = {
 
 
 @dataclass(frozen=True)
+class Sections:
+    """The raw bytes of one chunk from several contributions in one dense codec, and what each weighs.
+
+    `kind` and `cut` are the codec's (its payload begins at `cut`); `raws` uint8 (contributions, bytes or more),
+    `weights` fp32 (contributions,).
+    """
+
+    kind: int
+    cut: int
+    raws: U8
+    weights: F32
+
+
+NOTHING = Sections(0, 0, np.empty((0, 0), dtype=np.uint8), _NONE)
+
+
+@dataclass(frozen=True)
 class Update:
     """A step whose scalars are fixed: which optimizer, and fp32 (parts, kernels.SCALARS)."""
 
     kind: int
     scalars: F32
 
-    def __call__(self, delta: F32, master: F32, slots: Sequence[F32], published: F32, codec: Dense) -> tuple[U8, float]:
-        """Steps a chunk of Θ and of the slots by Δ, and Θ̂ by the delta: (the delta encoded, Σ Δ²).
+    def __call__(
+        self, sections: Sections, delta: F32, master: F32, slots: Sequence[F32], published: F32, codec: Dense
+    ) -> tuple[U8, float]:
+        """Steps a chunk of Θ and of the slots by `delta` (empty: zero) plus the weighted sum of `sections`, and Θ̂ by
+        the delta that is published: (that, encoded, and Σ Δ²).
 
         Raises ValueError where a value is not finite; the chunk is of no use then.
         """
         first, second, *_ = (*slots, _NONE, _NONE)
-        raw = np.empty(codec.size(delta.size), dtype=np.uint8)
-        split = codec.split(raw, delta.size)
+        raw = np.empty(codec.size(master.size), dtype=np.uint8)
+        split = codec.split(raw, master.size)
         flaw, squares = kernels.step(
-            self.kind, self.scalars, codec.kind, codec.step, delta, master, first, second, published, *split
+            self.kind,
+            self.scalars,
+            codec.kind,
+            codec.step,
+            sections.kind,
+            sections.cut,
+            sections.raws,
+            sections.weights,
+            delta,
+            master,
+            first,
+            second,
+            published,
+            *split,
         )
         codec.require_sound(flaw)
         return raw, float(squares)

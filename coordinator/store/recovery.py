@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from contextlib import ExitStack
 
-from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
+from coordinator.outer.merge import Weighted
+from coordinator.outer.step import OuterState, Stepped, outer_step
 from coordinator.store.checkpoint import Checkpoints
 from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal, StoredRound

@@ -24,9 +24,13 @@ class Dense(Codec):
     def size(self, elements: int) -> int:
         return 2 * self._blocks(elements) + (elements * self._bits + 7) // 8
 
+    def cut(self, elements: int) -> int:
+        """Where the payload begins."""
+        return 2 * self._blocks(elements)
+
     def split(self, raw: U8, elements: int) -> tuple[U16, U8]:
         """The scales (bf16 bits) and the payload of a chunk's raw bytes, as views."""
-        cut = 2 * self._blocks(elements)
+        cut = self.cut(elements)
         return raw[:cut].view("<u2"), raw[cut:]
 
     def encode(self, x: F32, target: F32 | None = None, sign: float = 1.0) -> U8:

@@ -40,7 +40,7 @@ _TO_INTEGER = np.float32(1.5 * 2**23)
 """Added to and taken from an fp32 below 2²² it is the nearest integer, halves to even; unlike rint it vectorises."""
 _INFINITY = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_LANES, _WIDE = 8, 16
+_WIDE = 16
 
 _jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
@@ -141,26 +141,64 @@ def payload_range(kind: int, start: int, stop: int) -> tuple[int, int]:
 
 
 @_jit
-def accumulate(kind: int, scales: U16, payload: U8, weight: np.float32, acc: F32) -> None:
-    """acc += weight · decoded, in place; of each element one rounding for each operation."""
-    bits = np.empty(TILE, np.uint32)
+def new_scratch() -> tuple[U32, U32, F32, I8]:
+    """What `accumulate_tile` and `encode_tile` work in."""
+    blocks = TILE // BLOCK
+    return np.empty(TILE, np.uint32), np.empty(blocks, np.uint32), np.empty(blocks, np.float32), np.empty(TILE, np.int8)
+
+
+@_jit
+def accumulate_tile(
+    kind: int,
+    scales: U16,
+    payload: U8,
+    start: int,
+    weight: np.float32,
+    acc: F32,
+    scratch: tuple[U32, U32, F32, I8],
+) -> None:
+    """acc += weight · decoded, in place, for the acc.size elements (TILE at most) from `start` on (a whole number of
+    tiles); of each element one rounding for each operation."""
+    bits, scale_bits, _, narrow = scratch
+    stop = start + acc.size
+    first, last = payload_range(kind, start, stop)
+    if kind >= INT8:
+        q = narrow[: acc.size]
+        _values_of_scales(scales[start // BLOCK : (stop + BLOCK - 1) // BLOCK], scale_bits)
+        _integers(kind, payload[first:last], q)
+        _add_integers(q, scale_bits.view(np.float32), weight, acc)
+        return
+    _float_bits(kind, payload[first:last], bits[: acc.size])
     values = bits.view(np.float32)
-    q = np.empty(TILE, np.int8)
-    scale_bits = np.empty(TILE // BLOCK, np.uint32)
-    scale = scale_bits.view(np.float32)
+    for i in range(acc.size):
+        acc[i] += weight * values[i]
+
+
+@_jit
+def accumulate(kind: int, scales: U16, payload: U8, weight: np.float32, acc: F32) -> None:
+    """`accumulate_tile` of a whole chunk."""
+    scratch = new_scratch()
     for start in range(0, acc.size, TILE):
-        stop = min(start + TILE, acc.size)
-        size = stop - start
-        first, last = payload_range(kind, start, stop)
-        if kind >= INT8:
-            _values_of_scales(scales[start // BLOCK : (stop + BLOCK - 1) // BLOCK], scale_bits)
-            _integers(kind, payload[first:last], q[:size])
-            _add_integers(q[:size], scale, weight, acc[start:stop])
-        else:
-            _float_bits(kind, payload[first:last], bits[:size])
-            tile = acc[start:stop]
-            for i in range(size):
-                tile[i] += weight * values[i]
+        accumulate_tile(kind, scales, payload, start, weight, acc[start : start + TILE], scratch)
+
+
+@_jit
+def sum_tile(
+    kind: int, cut: int, raws: U8, weights: F32, start: int, acc: F32, scratch: tuple[U32, U32, F32, I8]
+) -> None:
+    """acc += Σ weights[n] · decoded raws[n], as `accumulate_tile`; `raws` are the raw bytes of the same chunk from
+    several contributions, uint8 (contributions, bytes), whose payload begins at `cut`."""
+    for n in range(weights.size):
+        scales = raws[n, :cut].view(np.uint16)
+        accumulate_tile(kind, scales, raws[n, cut:], start, weights[n], acc, scratch)
+
+
+@_jit
+def sum_chunk(kind: int, cut: int, raws: U8, weights: F32, acc: F32) -> None:
+    """`sum_tile` of a whole chunk."""
+    scratch = new_scratch()
+    for start in range(0, acc.size, TILE):
+        sum_tile(kind, cut, raws, weights, start, acc[start : start + TILE], scratch)
 
 
 @_jit
@@ -175,23 +213,29 @@ def accumulate_fp32(values: F32, weight: np.float32, acc: F32) -> None:
 
 @_jit
 def square_sum(x: F32) -> float:
-    """Σ x² in double precision: eight interleaved sums, then those pairwise, so that it vectorises, in one order."""
-    a = b = c = d = e = f = g = h = 0.0
-    whole = x.size // _LANES
-    for j in range(whole):
-        i = j * _LANES
-        a += np.float64(x[i]) * np.float64(x[i])
-        b += np.float64(x[i + 1]) * np.float64(x[i + 1])
-        c += np.float64(x[i + 2]) * np.float64(x[i + 2])
-        d += np.float64(x[i + 3]) * np.float64(x[i + 3])
-        e += np.float64(x[i + 4]) * np.float64(x[i + 4])
-        f += np.float64(x[i + 5]) * np.float64(x[i + 5])
-        g += np.float64(x[i + 6]) * np.float64(x[i + 6])
-        h += np.float64(x[i + 7]) * np.float64(x[i + 7])
-    rest = 0.0
-    for i in range(whole * _LANES, x.size):
-        rest += np.float64(x[i]) * np.float64(x[i])
-    return (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
+    """Σ x² in double precision: as many interleaved sums as a block has elements, then those pairwise, so that it
+    vectorises, in one order."""
+    lanes = np.zeros(BLOCK, np.float64)
+    whole = x.size // BLOCK
+    for b in range(whole):
+        for i in range(BLOCK):
+            value = np.float64(x[b * BLOCK + i])
+            lanes[i] += value * value
+    for i in range(whole * BLOCK, x.size):
+        value = np.float64(x[i])
+        lanes[i - whole * BLOCK] += value * value
+    return _sum_pairwise(lanes)
+
+
+@_jit
+def _sum_pairwise(lanes: F64) -> float:
+    """The sum of BLOCK values, halved and halved again; in place."""
+    half = BLOCK // 2
+    while half:
+        for i in range(half):
+            lanes[i] += lanes[i + half]
+        half //= 2
+    return float(lanes[0])
 
 
 @_jit
@@ -405,13 +449,6 @@ def _round_floats(kind: int, x: U32, scratch: F32, payload: U8) -> None:
         large = (magnitude[i] + even - np.uint32(112 << 23)) >> np.uint32(13)
         tiny = (x[i] & _MAGNITUDE) < np.uint32(0x38800000)  # 2⁻¹⁴
         halves[i] = np.uint16((small if tiny else large) | ((x[i] >> np.uint32(16)) & np.uint32(0x8000)))
-
-
-@_jit
-def new_scratch() -> tuple[U32, U32, F32, I8]:
-    """What `encode_tile` works in."""
-    blocks = TILE // BLOCK
-    return np.empty(TILE, np.uint32), np.empty(blocks, np.uint32), np.empty(blocks, np.float32), np.empty(TILE, np.int8)
 
 
 @_jit

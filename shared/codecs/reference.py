@@ -83,17 +83,13 @@ def e3m0_integers(codes: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def square_sum(x: F32) -> float:
-    """Σ x²: eight interleaved sums over whole groups of eight, pairwise, and the rest."""
-    wide = x.astype(np.float64) ** 2
-    whole = wide.size // 8 * 8
-    lanes = [0.0] * 8
-    if whole:
-        lanes = [float(np.add.accumulate(wide[lane:whole:8])[-1]) for lane in range(8)]
-    rest = 0.0
-    for term in wide[whole:]:
-        rest += float(term)
-    pairs = [lanes[n] + lanes[n + 1] for n in range(0, 8, 2)]
-    return ((pairs[0] + pairs[1]) + (pairs[2] + pairs[3])) + rest
+    """Σ x²: 64 interleaved sums, then those by halves."""
+    lanes = np.zeros(BLOCK)
+    for row in _padded(x).astype(np.float64) ** 2:
+        lanes += row
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return float(lanes[0])
 
 
 def round_bf16(x: F32) -> F32:

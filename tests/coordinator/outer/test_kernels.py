@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coordinator.outer.optimizers import SLOTS, Optimizer, OuterRule, update_of
+from coordinator.outer.optimizers import NOTHING, SLOTS, Optimizer, OuterRule, update_of
 from shared.codecs import DENSE, kernels
 
 F32 = NDArray[np.float32]
@@ -79,7 +79,7 @@ def check(optimizer: Optimizer, codec: str, size: int, seed: int, lr: float, mu:
     wanted = DENSE[codec].encode(change)
     after = published + DENSE[codec].decode(wanted, size)
     before = delta.copy()
-    raw, squares = update_of(rule, 0, 1)[0](delta, master, slots, published, DENSE[codec])
+    raw, squares = update_of(rule, 0, 1)[0](NOTHING, delta, master, slots, published, DENSE[codec])
     assert same_bits(master, theta)
     assert all(same_bits(got, slot) for got, slot in zip(slots, moved, strict=True))
     assert raw.tobytes() == wanted.tobytes()
@@ -123,4 +123,4 @@ def test_a_step_to_what_is_not_finite_is_refused(codec: str, at: int) -> None:
     delta[at] = np.nan
     update, _ = update_of(OuterRule("nesterov", 0.7, 0.9, codec, 0), 0, 1)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        update(delta, master, [momentum], published, DENSE[codec])
+        update(NOTHING, delta, master, [momentum], published, DENSE[codec])

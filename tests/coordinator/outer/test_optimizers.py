@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import SLOTS, OuterRule
-from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
+from coordinator.outer.step import OuterState, Stepped, outer_step
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import Header, encode_flat, open_container, tensor_table
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from coordinator.core.rounds import Contribution, Policy
 from coordinator.core.rounds import weights as weights_of
+from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import OuterRule
-from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
+from coordinator.outer.step import OuterState, Stepped, outer_step
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec, digest_flat
 from shared.wire import Header, encode_flat, open_container, tensor_table
