@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from coordinator.api.app import Api
+from coordinator.lag import watch_lag
 from coordinator.service import Coordinator
 from shared.config import RunConfig
 from shared.errors import ConfigError
@@ -104,10 +105,12 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
                 "no site has a token yet, so none can join; isthmus coordinator token add SITE --state %s", state
             )
         log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", host, port)
+        lag = asyncio.create_task(watch_lag(coordinator.metrics.loop_lag.set))
         stop = asyncio.create_task(stopped.wait())
         ends: set[asyncio.Future[Any]] = {stop, coordinator.failure}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
+        lag.cancel()
         if coordinator.failure.done():
             coordinator.failure.result()
         log.info("stopping")

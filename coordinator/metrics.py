@@ -79,7 +79,9 @@ class Metrics:
             "isthmus_mirror_completed_timestamp_seconds", "When the last pass of the mirror was complete", registry=r
         )
         self.mirror_faults = Counter("isthmus_mirror_faults", "Passes of the mirror that failed", registry=r)
-        self.loop_lag = Gauge("isthmus_event_loop_lag_seconds", "Last measured lag of the event loop", registry=r)
+        self.loop_lag = Gauge(
+            "isthmus_event_loop_lag_seconds", "Longest lag of the event loop within the last 15 s", registry=r
+        )
 
     def show_core(self, core: RunCore) -> None:
         """The gauges that mirror the core's state."""

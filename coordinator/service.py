@@ -8,6 +8,7 @@ before anyone is told of the version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import shutil
@@ -478,13 +479,11 @@ class Coordinator:
             self._news.clear()
             wakeup = self.core.next_wakeup()
             pause = self.tick_seconds if wakeup is None else min(self.tick_seconds, max(0.01, wakeup - self.clock()))
-            self._due = due = self.clock() + pause
-            try:
+            self._due = self.clock() + pause
+            with contextlib.suppress(TimeoutError):
                 # What comes in meanwhile may bring the next time nearer.
                 async with asyncio.timeout(pause):
                     await self._news.wait()
-            except TimeoutError:
-                self.metrics.loop_lag.set(max(0.0, self.clock() - due))
             self._due = -math.inf
             await self._carry_out(self.core.tick(self.clock()))
             await self.lending.take_back(self.core.members.live, self.clock())
