@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LARGEST_NORM = 1e18
 """A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
 
-SPOOL_BYTES = 256 << 10
+SPOOL_BYTES = 512 << 10
 """What an upload in progress may hold in memory before it is written."""
 
 
@@ -253,11 +253,13 @@ class Intake:
 
 async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
     """The same bytes in pieces of at least `size`, but for the last one."""
-    held = bytearray()
+    held: list[bytes] = []
+    count = 0
     async for piece in pieces:
-        held += piece
-        if len(held) >= size:
-            yield bytes(held)
-            held.clear()
+        held.append(piece)
+        count += len(piece)
+        if count >= size:
+            yield b"".join(held)
+            held, count = [], 0
     if held:
-        yield bytes(held)
+        yield b"".join(held)

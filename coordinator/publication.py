@@ -20,7 +20,7 @@ from shared.wire import Header, blob_digest, encode_flat, tensor_table
 
 log = logging.getLogger(__name__)
 
-SNAPSHOTS_KEPT, REMEMBERED = 4, 4096
+SNAPSHOTS_KEPT = 4
 PUBLISHED_WITHIN_SECONDS = 30.0
 
 
@@ -52,7 +52,6 @@ class Publication:
         self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
         self._news = [asyncio.Event() for _ in states]
         self._closed = False
-        self._sound: set[str] = set()
         # What an earlier process made of them is not known; they are made again when somebody asks.
         for old in store.snapshots.glob("*.isthmus"):
             store.disk.remove(old)
@@ -104,17 +103,12 @@ class Publication:
     async def _is_sound(self, digest: str) -> bool:
         """Whether a delta still is what its name says: looked at once, before it goes out for the first time since the
         start. One that is not is removed."""
-        if digest in self._sound:
-            return True
         try:
-            await self._workers.on(self._workers.screeners, self._store.blobs.verify, digest)
+            await self._workers.on(self._workers.screeners, self._store.blobs.sound, digest)
         except CorruptError as error:
             log.error("%s", error)
             self._store.blobs.remove(digest)
             return False
-        if len(self._sound) >= REMEMBERED:
-            self._sound.clear()
-        self._sound.add(digest)
         return True
 
     async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:

@@ -65,7 +65,7 @@ class OuterState:
             self.slots = {}
         if set(wanted) != set(self.slots):
             self.count = 0
-        self.slots = {name: self.slots.get(name, np.zeros_like(self.master)) for name in wanted}
+        self.slots = {name: self.slots[name] if name in self.slots else np.zeros_like(self.master) for name in wanted}
 
 
 @dataclass(frozen=True)

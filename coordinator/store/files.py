@@ -26,11 +26,15 @@ def tree_bytes(directory: Path | str) -> int:
     return total
 
 
+REMEMBERED = 4096
+
+
 class Blobs:
     """Immutable files named by their SHA-256: `blobs/ab/abcdef…`."""
 
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self.directory, self._disk = directory, disk
+        self._sound: set[str] = set()
 
     def path(self, digest: str) -> Path:
         return self.directory / digest[:2] / digest
@@ -45,6 +49,7 @@ class Blobs:
         if not self.has(digest, len(data)):
             self._prepare(digest)
             self._disk.put(self.path(digest), lambda beside: _fill(beside, data))
+            self._remember(digest)
         return digest
 
     def adopt(self, source: Path, digest: str) -> None:
@@ -53,6 +58,15 @@ class Blobs:
         self._disk.sync(source)
         self._disk.rename(source, self.path(digest))
         self._disk.sync_directory(self.path(digest).parent)
+        self._remember(digest)
+
+    def sound(self, digest: str) -> Path:
+        """As `verify`, but what this process has written or verified is not read once more: a hash of all bytes costs
+        more than merging them."""
+        if digest not in self._sound:
+            self.verify(digest)
+            self._remember(digest)
+        return self.path(digest)
 
     def verify(self, digest: str) -> Path:
         """The blob's path, once its bytes have been found to match. Raises CorruptError."""
@@ -67,6 +81,7 @@ class Blobs:
         return path
 
     def remove(self, digest: str) -> None:
+        self._sound.discard(digest)
         self._disk.remove(self.path(digest))
 
     def sweep(self, needed: set[str]) -> int:
@@ -75,6 +90,11 @@ class Blobs:
         for path in strays:
             self._disk.remove(path)
         return len(strays)
+
+    def _remember(self, digest: str) -> None:
+        if len(self._sound) >= REMEMBERED:
+            self._sound.clear()
+        self._sound.add(digest)
 
     def _prepare(self, digest: str) -> None:
         parent = self.path(digest).parent

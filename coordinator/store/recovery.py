@@ -43,7 +43,7 @@ def execute(
                 raise CorruptError(
                     f"the journal's round {round_.fragment}/{round_.version} names no contribution {id_}"
                 )
-            path = blobs.verify(stored.blob)
+            path = blobs.sound(stored.blob)
             try:
                 container = stack.enter_context(open_container(path, state.fragment))
             except FormatError as error:
