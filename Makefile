@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check bench nginx clean
 
 demo: $(READY)
 	@$(BIN)/isthmus demo $(ARGS)
 
-test: $(READY)
+test: $(READY) nginx
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)
@@ -43,6 +43,15 @@ $(READY): pyproject.toml constraints.txt
 		fi; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
+
+# Tests of the cache run nginx. Where there is none, Debian's package is unpacked beside the environment: installed, it
+# would start a server on this machine's port 80. Where it cannot be had the test is skipped.
+nginx: $(READY)
+	@PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null || $(VENV)/nginx/usr/sbin/nginx -v 2>/dev/null || { \
+		rm -rf $(VENV)/nginx && mkdir $(VENV)/nginx && cd $(VENV)/nginx && \
+		{ [ "$$(id -u)" != 0 ] || timeout 120 apt-get update -qq; } && apt-get download -qq nginx && dpkg -x nginx_*.deb . && \
+		usr/sbin/nginx -v; \
+	} >/dev/null 2>&1 || echo "isthmus: no nginx here, so its tests are skipped; install the package nginx" >&2
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -286,8 +286,9 @@ class Api:
         if isinstance(response, _Tagged):
             response.headers["ETag"] = response.tag
         site = request.headers.get(SITE_HEADER, "")
-        if site in self._coordinator.core.roster and response.content_length:
-            self._coordinator.metrics.bytes_out.labels(site).inc(response.content_length)
+        sent = 0 if request.method == "HEAD" else response.content_length
+        if site in self._coordinator.core.roster and sent:
+            self._coordinator.metrics.bytes_out.labels(site).inc(sent)
 
 
 def _same(site: str, named: str) -> None:

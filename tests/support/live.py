@@ -35,10 +35,13 @@ def site_config(name: str, url: str, directory: Path, **tables: dict[str, Any]) 
 
 
 class Live:
-    """A served coordinator. `call` runs a coroutine on its loop; `weather` stands between it and every request."""
+    """A served coordinator. `call` runs a coroutine on its loop; `weather` stands between it and every request.
+    `insecure`: it asks for no tokens."""
 
-    def __init__(self, config: RunConfig, state: Path, weather: Middleware | None = None) -> None:
-        self._weather = weather
+    def __init__(
+        self, config: RunConfig, state: Path, weather: Middleware | None = None, *, insecure: bool = True
+    ) -> None:
+        self._weather, self._insecure = weather, insecure
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -49,7 +52,7 @@ class Live:
 
     async def _start(self, config: RunConfig, state: Path) -> tuple[Coordinator, web.AppRunner, Api, str]:
         coordinator = await Coordinator.open(config, state, state.parent)
-        api = Api(coordinator, insecure=True)
+        api = Api(coordinator, insecure=self._insecure)
         app = api.app()
         if self._weather is not None:
             app.middlewares.insert(0, self._weather)
@@ -77,9 +80,9 @@ class Live:
 
 
 @contextmanager
-def live(config: RunConfig, state: Path, weather: Middleware | None = None) -> Iterator[Live]:
+def live(config: RunConfig, state: Path, weather: Middleware | None = None, *, insecure: bool = True) -> Iterator[Live]:
     """A coordinator for the length of the block."""
-    served = Live(config, state, weather)
+    served = Live(config, state, weather, insecure=insecure)
     try:
         yield served
     finally:

@@ -122,6 +122,31 @@ async def test_etags_are_the_digests_of_the_bytes(fleet: Any) -> None:
     assert snapshot.headers["ETag"] == f'"{blob_digest(snapshot.body)}"'
 
 
+@pytest.mark.parametrize("kind", ["delta", "snapshot"])
+async def test_a_cache_can_ask_whether_a_site_may_have_an_object_without_its_bytes(fleet: Any, kind: str) -> None:
+    """What deploy/nginx/isthmus-cache.conf relies on: the same refusals, the same tag, and no bytes counted as sent."""
+    site = await merged(fleet)
+    whole = await site.ask("GET", path(0, 1, kind))
+    sent = fleet.coordinator.metrics.registry.get_sample_value("isthmus_bytes_out_total", {"site": site.name})
+    asked = await site.ask("HEAD", path(0, 1, kind))
+    assert (asked.status, asked.body, asked.headers["ETag"]) == (200, b"", whole.headers["ETag"])
+    assert fleet.coordinator.metrics.registry.get_sample_value("isthmus_bytes_out_total", {"site": site.name}) == sent
+    assert (await site.ask("HEAD", path(0, 2, kind))).status == 404
+    assert (await site.ask("HEAD", path(0, 1, kind), params={"run": "another"})).status == 409
+    assert (await site.ask("HEAD", path(0, 1, kind), headers={"Authorization": "Bearer wrong"})).status == 401
+
+    unsent = await site.ask("GET", path(0, 1, kind), headers={"If-None-Match": "*"})
+    assert (unsent.status, unsent.body) == (304, b"")
+
+
+async def test_a_cache_waits_for_a_delta_without_its_bytes(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    waiting = asyncio.create_task(site.ask("HEAD", path(0, 1, "delta"), params={"wait": "60"}))
+    await someone_waits(fleet)
+    await site.contribute(0, 0)
+    assert (await waiting).headers["ETag"] == (await site.published(0, 1)).headers["ETag"]
+
+
 async def test_a_delta_can_be_revalidated_by_its_digest(fleet: Any) -> None:
     site = await merged(fleet)
     digest = blob_digest((await site.published(0, 1)).body)
