@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import Decision, Refusal, RunCore
@@ -184,10 +185,25 @@ class Intake:
         return Outcome(accepted=True, version=version)
 
     def _screen(self, upload: SpooledUpload, base_digest: str | None) -> Screened:
-        """Reads the whole contribution once. Raises FormatError naming what is wrong with it, or Refused."""
-        opening = upload.opening
-        if file_digest(upload.path) != opening.digest:
+        """Reads the whole contribution once, and sees to it that its bytes are durable: here, where others are screened
+        beside it, and not where the journal is written. Raises FormatError naming what is wrong with it, or Refused."""
+        try:
+            screened, digest = self._read_through(upload, base_digest)
+        except (FormatError, Refused):
+            # What was damaged on its way may look like anything.
+            self._require_digest(file_digest(upload.path), upload)
+            raise
+        self._require_digest(digest, upload)
+        self._store.disk.sync(upload.path)
+        return screened
+
+    def _require_digest(self, digest: str, upload: SpooledUpload) -> None:
+        if digest != upload.opening.digest:
             raise Refused(Code.WRONG_DIGEST, "the uploaded bytes do not match the announced digest; upload again")
+
+    def _read_through(self, upload: SpooledUpload, base_digest: str | None) -> tuple[Screened, str]:
+        """What is in the container, and the SHA-256 of its bytes."""
+        opening, hashed = upload.opening, sha256()
         with open_container(upload.path, self._layout.fragments[opening.fragment], [self._codec]) as container:
             header = container.header
             named = (header.kind, header.run, header.site, header.base_version, header.version)
@@ -200,10 +216,10 @@ class Intake:
                     f"base {opening.base_version} of fragment {opening.fragment} at site {opening.site} is not what "
                     "was published; take a snapshot",
                 )
-            squares = container.screen()
+            squares = container.screen(hashed.update)
         if not squares <= LARGEST_NORM**2:
             raise FormatError(f"its norm is beyond {LARGEST_NORM:g}, which no training survives")
-        return Screened(header, squares**0.5)
+        return Screened(header, squares**0.5), hashed.hexdigest()
 
     def _known(self, site: str, id_: str) -> int | None:
         """The version that holds a contribution which is in the journal; however long ago it was accepted, a site that

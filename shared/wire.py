@@ -15,7 +15,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -210,14 +210,21 @@ class Container:
 
         Raises FormatError where they are not what the header promised.
         """
-        size, elements = self.header.sizes[section], self.chunks[section].size
+        return self._unpacked(section, self._read(section))
+
+    def _read(self, section: int) -> memoryview:
+        size = self.header.sizes[section]
         data = self._source.read(self._offsets[section], size)
         if len(data) != size:
             raise FormatError(f"section {section} is cut short: {len(data)} of {size} bytes")
-        if self.header.zstd:
-            least, most = self.codec.least(elements), self.codec.size(elements)
-            return np.frombuffer(_decompress(data, least, most, section), dtype=np.uint8)
-        return np.frombuffer(data, dtype=np.uint8)
+        return data
+
+    def _unpacked(self, section: int, data: memoryview) -> U8:
+        if not self.header.zstd:
+            return np.frombuffer(data, dtype=np.uint8)
+        elements = self.chunks[section].size
+        least, most = self.codec.least(elements), self.codec.size(elements)
+        return np.frombuffer(_decompress(data, least, most, section), dtype=np.uint8)
 
     def read_raw(self, section: int, out: U8) -> None:
         """The raw bytes of one section of a codec that always has as many, into `out` uint8 (codec.size(…),)."""
@@ -241,12 +248,16 @@ class Container:
         self.add_to(flat)
         return flat
 
-    def screen(self) -> float:
-        """Σ of the squares of all that it decodes to, in one pass. Raises FormatError naming the first section that is
-        malformed, and memory for one section at a time is all that it takes."""
+    def screen(self, seen: Callable[[memoryview], object] = lambda data: None) -> float:
+        """Σ of the squares of all that it decodes to, in one pass, in which `seen` is given all of the container's
+        bytes from first to last. Raises FormatError naming the first section that is malformed, and memory for one
+        section at a time is all that it takes."""
         squares = []
+        seen(self._source.read(0, self._offsets[0]))
         for section, chunk in enumerate(self.chunks):
-            raw = self.raw(section)
+            data = self._read(section)
+            seen(data)
+            raw = self._unpacked(section, data)
             try:
                 squares.append(self.codec.screen(raw, chunk.size))
             except FormatError as error:
