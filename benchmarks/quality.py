@@ -154,6 +154,11 @@ SETTINGS = [
     Setting("decoupled-e3m0", "e3m0 up", _wire(upload="e3m0")),
     Setting("decoupled-topk2", "topk2 up, outer SGD", _with(TOPK, _outer(optimizer="sgd"))),
     Setting("decoupled-topk2-momentum", "topk2 up, our η and μ", _with(TOPK, OURS)),
+    Setting("decoupled-topk2-256-momentum", "topk2, k = 256, our η and μ", _with(TOPK, _wire(topk=256), OURS)),
+    Setting(
+        "decoupled-topk2-256-best", "topk2, k = 256, β = 1, our η and μ", _with(TOPK, _wire(topk=256), WHOLE, OURS)
+    ),
+    Setting("decoupled-topk2-best", "topk2, β = 1, our η and μ", _with(TOPK, WHOLE, OURS)),
     Setting("decoupled-topk2-whole", "topk2 up, β = 1, outer SGD", _with(TOPK, WHOLE, _outer(optimizer="sgd"))),
     Setting(
         "decoupled-topk2-256", "topk2 with k = 256, outer SGD", _with(TOPK, _wire(topk=256), _outer(optimizer="sgd"))

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.outer.step import OuterState
+from coordinator.readers import Readers
 from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.workers import Workers
+from shared.codecs import DENSE
+from shared.compression import Compression
 from shared.errors import CorruptError
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import Code
@@ -42,11 +45,12 @@ class Publication:
         states: list[OuterState],
         reader: Journal,
         workers: Workers,
-        zstd_level: int,
+        compression: Compression,
+        readers: Readers,
         clock: Callable[[], float],
     ) -> None:
         self._store, self._states, self._reader, self._workers = store, states, reader, workers
-        self._zstd_level, self._clock = zstd_level, clock
+        self._compression, self._readers, self._clock = compression, readers, clock
         self._run = store.run_id
         self._initial_digests = [store.initial_digest(p) for p in range(len(states))]
         self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
@@ -154,6 +158,9 @@ class Publication:
         version = state.version
         if self._find_snapshot(fragment, version) is not None:
             return version
+        first = state.fragment.chunks()[0]
+        sample = DENSE["fp32"].encode(state.published[first.start : first.stop])
+        level = self._compression.level(sample, self._readers.slowest)
         header = Header(
             kind="snapshot",
             run=self._run,
@@ -163,14 +170,14 @@ class Publication:
             version=version,
             digest=state.digest,
             codec="fp32",
-            zstd=self._zstd_level > 0,
+            zstd=level > 0,
             chunk=CHUNK_ELEMENTS,
             tensors=tensor_table(state.fragment),
             tokens=state.tokens,
             steps=0,
             sizes=[],
         )
-        data = encode_flat(header, state.fragment, state.published, self._zstd_level)
+        data = encode_flat(header, state.fragment, state.published, level)
         path = self._store.snapshots / f"p{fragment:04d}-v{version:09d}-{blob_digest(data)}.isthmus"
         self._store.disk.put(path, lambda beside: _write_bytes(beside, data))
         for old in sorted(self._store.snapshots.glob(f"p{fragment:04d}-v*.isthmus"))[:-SNAPSHOTS_KEPT]:

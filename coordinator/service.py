@@ -30,6 +30,7 @@ from coordinator.mirroring import Mirroring
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import OuterState, Stepped, warm_up
 from coordinator.publication import Publication, Published
+from coordinator.readers import Readers
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import StoredRound
@@ -37,6 +38,7 @@ from coordinator.store.mirror import Place
 from coordinator.store.recovery import execute, recover
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
+from shared.compression import Compression, usual_level
 from shared.config import RunConfig
 from shared.errors import IsthmusError
 from shared.protocol import (
@@ -86,7 +88,7 @@ def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
     )
 
 
-def rule_of(config: RunConfig, close: CloseRound) -> OuterRule:
+def rule_of(config: RunConfig, close: CloseRound, zstd_level: int) -> OuterRule:
     """The outer rule that this round is carried out under."""
     outer, wire = config.outer, config.wire
     return OuterRule(
@@ -94,7 +96,7 @@ def rule_of(config: RunConfig, close: CloseRound) -> OuterRule:
         lr=outer.lr,
         momentum=0.0 if outer.optimizer == "sgd" else outer.momentum,
         codec=wire.publish,
-        zstd_level=wire.zstd_level,
+        zstd_level=zstd_level,
         merge=outer.merge,
         correction=outer.correction,
         share=close.share if outer.partial == "share" else 1.0,
@@ -138,7 +140,11 @@ class Coordinator:
         self._looking_back = asyncio.Lock()
         self._rounds: list[dict[str, Any]] = []
         self.failure: asyncio.Future[None] = asyncio.Future()
-        self.publication = Publication(store, states, self.reader, workers, config.wire.zstd_level, self.clock)
+        self.readers = Readers()
+        self._delta_compression = Compression(config.wire.zstd_level)
+        self._delta_level = usual_level(config.wire.zstd_level)
+        snapshots = Compression(config.wire.zstd_level)
+        self.publication = Publication(store, states, self.reader, workers, snapshots, self.readers, self.clock)
         self.lending = Lending(store.journal, self.reader, workers, len(states), config.run.seed)
         self.intake = Intake(
             self.core,
@@ -407,7 +413,7 @@ class Coordinator:
                         decision.version,
                         decision.reason,
                         members,
-                        rule_of(self.config, decision),
+                        rule_of(self.config, decision, self._delta_level),
                         self._wall(),
                     )
                     task = asyncio.create_task(self._merge(decision))

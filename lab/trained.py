@@ -23,6 +23,7 @@ from coordinator.outer.merge import Weighted
 from coordinator.outer.step import OuterState, outer_step
 from coordinator.service import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
+from shared.compression import usual_level
 from shared.config import RunConfig
 from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
@@ -154,7 +155,7 @@ class TrainedRun(VirtualRun):
             encoded, norm = self._stored.pop(contribution.id)
             merged.append(Weighted(open_container(encoded, self._layout.fragments[p]), weight, norm))
         tokens = sum(contribution.tokens for contribution in close.contributions)
-        rule = rule_of(self.config, close)
+        rule = rule_of(self.config, close, usual_level(self.config.wire.zstd_level))
         stepped = outer_step(self._states[p], merged, rule, RUN, tokens, self._executor, self._embeddings)
         self._published_now[p] = _anchor(self._states[p])
         self._delta_bytes[p].append(len(stepped.delta))

@@ -161,12 +161,19 @@ class WireTable(_Table):
     feedback_decay: Literal["auto"] | float = Field("auto", description='β: "auto" or a number from 0 to 1')
     upload_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
     publish_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
-    zstd_level: int = Field(1, ge=0, le=19, description="a whole number from 0 (off) to 19")
+    zstd_level: Literal["auto"] | int = Field("auto", description='"auto", or a whole number from 0 (off) to 19')
 
     @field_validator("feedback_decay")
     @classmethod
     def _decay(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError("out of range")
+        return value
+
+    @field_validator("zstd_level")
+    @classmethod
+    def _level(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and not 0 <= value <= 19:
             raise ValueError("out of range")
         return value
 
@@ -181,7 +188,7 @@ class WireTable(_Table):
     def upload_grid(self) -> float:
         """The least step of a contribution's integer grid, in root mean squares of its block."""
         if self.upload_step == "auto":
-            squeezed = self.upload == "int4" and self.error_feedback and self.zstd_level
+            squeezed = self.upload == "int4" and self.error_feedback and self.zstd_level != 0
             return UPLOAD_STEP if squeezed else 0.0
         return self.upload_step
 
@@ -189,7 +196,7 @@ class WireTable(_Table):
     def publish_grid(self) -> float:
         """The same of a delta."""
         if self.publish_step == "auto":
-            return PUBLISH_STEP if self.publish == "int4" and self.zstd_level else 0.0
+            return PUBLISH_STEP if self.publish == "int4" and self.zstd_level != 0 else 0.0
         return self.publish_step
 
     @property

@@ -128,16 +128,21 @@ def encode_flat(
 
     `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
     """
-    codec = grid(header.codec, grid_step)
+    sections = encode_sections(grid(header.codec, grid_step), fragment, flat, residual)
+    return pack_container(header, [pack_section(section, zstd_level) for section in sections])
+
+
+def encode_sections(codec: Codec, fragment: Fragment, flat: F32, residual: F32 | None = None) -> list[U8]:
+    """The raw bytes of every section of `flat` (fp32, fragment.size); `residual` as in `encode_flat`."""
     sections = []
-    for chunk in fragment.chunks(header.chunk):
+    for chunk in fragment.chunks():
         x = flat[chunk.start : chunk.stop]
         left = None
         if residual is not None:
             left = residual[chunk.start : chunk.stop]
             np.copyto(left, x)
-        sections.append(pack_section(codec.encode(x, left, -1.0), zstd_level))
-    return pack_container(header, sections)
+        sections.append(codec.encode(x, left, -1.0))
+    return sections
 
 
 class _Buffer(threading.local):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.codecs import grid
+from shared.compression import Compression
 from shared.config import WireTable
 from shared.errors import FaultError
 from shared.fragments import CHUNK_ELEMENTS, F32, Fragment
-from shared.wire import Header, encode_flat, open_container, tensor_table
+from shared.wire import Header, encode_sections, open_container, pack_container, pack_section, tensor_table
 
 
 class DivergedError(FaultError):
@@ -45,10 +47,27 @@ class Parcel:
     progress: tuple[tuple[int, int, int], ...] = ()
 
 
-def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
+def encode(
+    parcel: Parcel,
+    fragment: Fragment,
+    wire: WireTable,
+    run: str,
+    site: str,
+    compression: Compression | None = None,
+    link: float | None = None,
+) -> tuple[bytes, F32 | None]:
     """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
-    lost of it, fp32 (fragment.size,), or None where the run keeps none. Raises DivergedError where Δ is not finite."""
+    lost of it, fp32 (fragment.size,), or None where the run keeps none. `compression` decides for a link of so many
+    bytes per second. Raises DivergedError where Δ is not finite."""
     delta = _delta(parcel, wire)
+    left = np.empty_like(delta) if wire.error_feedback else None
+    try:
+        sections = encode_sections(grid(wire.upload_codec, wire.upload_grid), fragment, delta, left)
+    except ValueError as error:
+        raise DivergedError(
+            f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
+        ) from None
+    level = (compression or Compression(wire.zstd_level)).level(sections[len(sections) // 2], link)
     header = Header(
         kind="contribution",
         run=run,
@@ -58,7 +77,7 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         version=parcel.anchor.version,
         digest=parcel.anchor.digest,
         codec=wire.upload_codec,
-        zstd=wire.zstd_level > 0,
+        zstd=level > 0,
         chunk=CHUNK_ELEMENTS,
         tensors=tensor_table(fragment),
         tokens=parcel.tokens,
@@ -66,13 +85,7 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         sizes=[],
         progress=list(parcel.progress),
     )
-    left = np.empty_like(delta) if wire.error_feedback else None
-    try:
-        return encode_flat(header, fragment, delta, wire.zstd_level, left, wire.upload_grid), left
-    except ValueError as error:
-        raise DivergedError(
-            f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
-        ) from None
+    return pack_container(header, [pack_section(section, level) for section in sections]), left
 
 
 def left_of(parcel: Parcel, fragment: Fragment, wire: WireTable, body: bytes) -> F32:

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from shared.compression import Compression
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
 from shared.fragments import F32, Fragment, Layout, digest_flat
@@ -141,6 +142,7 @@ class Courier:
         self._joined: Joined
         self._layout: Layout
         self._wire: WireTable
+        self._compression: Compression
         self._outbox: Outbox
         self._history: History
         self._keeping: dict[int, asyncio.Future[None]] = {}
@@ -151,6 +153,7 @@ class Courier:
     def begin_exchange(self, layout: Layout, wire: WireTable, outbox: Outbox, history: History) -> None:
         """What it needs to know of the run before contributions and versions can travel."""
         self._layout, self._wire, self._outbox, self._history = layout, wire, outbox, history
+        self._compression = Compression(wire.zstd_level)
 
     def send(self, parcel: Parcel) -> None:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
@@ -410,7 +413,8 @@ class Courier:
                 base,
                 left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None,
             )
-        body, residual = encode(parcel, fragment, self._wire, self._link.run, self._site)
+        link = self._link.pace.bytes_per_second
+        body, residual = encode(parcel, fragment, self._wire, self._link.run, self._site, self._compression, link)
         try:
             self._outbox.put(parcel.number, p, body)
         except OSError as error:

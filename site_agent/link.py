@@ -143,7 +143,7 @@ class Link:
                 return await self._send_parts(upload, body)
             except _BrokeError as error:
                 pace = self.pace
-                log.info("%s; parts of %d bytes, %d at a time, from now on", error, pace.part_bytes, pace.lanes)
+                log.info("%s; parts of %d bytes, %d at a time, from now on", error, pace.part_bytes, pace.connections)
             except RefusedError as error:
                 # The coordinator was started anew and forgot the open upload: opened again, it goes on.
                 if error.code not in (Code.UNKNOWN_UPLOAD, Code.INCOMPLETE):
@@ -159,6 +159,7 @@ class Link:
         size, path = upload.part_size, f"/v1/contributions/{upload.id}"
         missing = [n for n in reversed(range(-(-len(body) // size))) if n not in upload.parts]
         clock = asyncio.get_running_loop().time
+        begun, whole = clock(), sum(min(size, len(body) - n * size) for n in missing)
 
         async def lane() -> None:
             while missing:
@@ -173,10 +174,11 @@ class Link:
                 self.pace.took(len(part), clock() - began)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_plainly(lane())) for _ in range(min(self.pace.lanes, len(missing)))]
+            tasks = [group.create_task(_plainly(lane())) for _ in range(min(self.pace.connections, len(missing)))]
         for task in tasks:
             if (error := task.result()) is not None:
                 raise error
+        self.pace.sent(whole, clock() - begun)
         return _understood(Outcome, await self._ask(Request("POST", f"{path}/commit", body=b"")))
 
     # -- published versions
@@ -213,6 +215,7 @@ class Link:
             try:
                 body = await download.take(await self._once(download.rest_of(request)))
                 if request.control:
+                    self.pace.answered(clock() - tried)
                     self.in_touch(True)
                 return body
             except TransientError as error:

@@ -6,19 +6,49 @@ stands between a site and its coordinator cuts it off: proxies let no request la
 
 from __future__ import annotations
 
+import math
+from collections import deque
+
 from shared.protocol import PART_BYTES, SMALLEST_PART_BYTES
 
 AIM_SECONDS = 8.0
 MOST_LANES = 4
+MOST_CONNECTIONS = 16
 FIRST_BYTES = 512 << 10
 """Before anything is measured. Four of them take half a minute at 0.6 Mbit/s."""
 
 
 class UploadPace:
-    """`part_bytes` (a power of two) and `lanes` of the next upload."""
+    """`part_bytes` (a power of two) and `connections` of the next upload. `bytes_per_second` is what the link carried
+    lately (None: nothing is known), `round_trip` the shortest of the last answers to small requests, in seconds."""
 
     def __init__(self) -> None:
         self.part_bytes, self.lanes = FIRST_BYTES, MOST_LANES
+        self.bytes_per_second: float | None = None
+        self._round_trips: deque[float] = deque(maxlen=16)
+
+    @property
+    def round_trip(self) -> float:
+        return min(self._round_trips, default=0.0)
+
+    @property
+    def connections(self) -> int:
+        """`lanes`, and more where these do not fill the link: each is idle for a round trip after each part, and one
+        TCP stream carries no more than its window in a round trip. So four times what the link holds is on its way."""
+        if self.lanes < MOST_LANES or self.bytes_per_second is None:
+            return self.lanes
+        held = self.bytes_per_second * self.round_trip
+        return max(self.lanes, min(MOST_CONNECTIONS, math.ceil(4 * held / self.part_bytes)))
+
+    def answered(self, seconds: float) -> None:
+        """A small request was answered."""
+        self._round_trips.append(seconds)
+
+    def sent(self, size: int, seconds: float) -> None:
+        """`size` bytes of a contribution took so long in all."""
+        if size >= SMALLEST_PART_BYTES:
+            rate = size / max(seconds, 1e-3)
+            self.bytes_per_second = rate if self.bytes_per_second is None else (self.bytes_per_second + rate) / 2
 
     def took(self, size: int, seconds: float) -> None:
         """A part of `size` bytes arrived in `seconds`, while `lanes` of them were on their way."""

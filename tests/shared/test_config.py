@@ -131,6 +131,7 @@ def test_a_minimal_run_file_gets_the_documented_defaults(tmp_path: Path) -> None
     measured = {
         "outer": {"lr": 1.0, "momentum": 0.5},
         "rounds": {"quorum": 1, "overlap_steps": "auto", "max_staleness": "auto"},
+        "wire": {"zstd_level": "auto"},
     }
     for table, keys in measured.items():
         stated[table] |= keys
@@ -250,7 +251,7 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ),
         (
             "[wire]\nzstd_level = 20",
-            "[wire] zstd_level: got 20 (a whole number); a whole number from 0 (off) to 19 would do",
+            '[wire] zstd_level: got 20 (a whole number); "auto", or a whole number from 0 (off) to 19 would do',
         ),
         ("[wire]\nerror_feedback = 1", "[wire] error_feedback: got 1 (a whole number); true or false would do"),
         ("[outer]\nmomentum = 1.0", "[outer] momentum: got 1.0 (a number); a number from 0 to below 1 would do"),

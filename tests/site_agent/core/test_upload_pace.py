@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared.protocol import PART_BYTES, SMALLEST_PART_BYTES
-from site_agent.core.upload_pace import AIM_SECONDS, FIRST_BYTES, MOST_LANES, UploadPace
+from site_agent.core.upload_pace import AIM_SECONDS, FIRST_BYTES, MOST_CONNECTIONS, MOST_LANES, UploadPace
 
 
 def after(rate: float, parts: int = 20) -> UploadPace:
@@ -57,3 +57,31 @@ def test_all_lanes_that_are_cut_at_once_are_one_cut() -> None:
     assert (pace.part_bytes, pace.lanes) == (FIRST_BYTES // 4, 2)
     pace.part_bytes, pace.lanes = SMALLEST_PART_BYTES, 1
     assert pace.broke(FIRST_BYTES, 60.0)
+
+
+def test_more_connections_fill_a_long_fat_link() -> None:
+    """100 MB/s and 200 ms hold 20 MB; four lanes of 4 MiB would leave them idle half of the time."""
+    pace = after(1e8)
+    assert pace.connections == MOST_LANES, "nothing is known of the round trip"
+    pace.sent(1 << 30, (1 << 30) / 1e8)
+    for seconds in (0.9, 0.2, 0.3):
+        pace.answered(seconds)
+    assert pace.round_trip == 0.2
+    assert pace.connections == MOST_CONNECTIONS
+    pace.sent(1 << 30, (1 << 30) / 1e6)
+    for _ in range(9):
+        pace.sent(1 << 30, (1 << 30) / 1e7)
+    assert pace.connections == MOST_LANES
+
+
+def test_a_slow_link_has_no_more_connections_than_lanes() -> None:
+    pace = after(1e3)
+    pace.sent(1 << 20, 1e3)
+    pace.answered(10.0)
+    assert pace.connections == 1
+
+
+def test_a_short_message_says_nothing_of_how_much_the_link_carries() -> None:
+    pace = UploadPace()
+    pace.sent(100, 10.0)
+    assert pace.bytes_per_second is None
