@@ -107,12 +107,22 @@ def pack_section(raw: U8, zstd_level: int) -> bytes:
     return _zstd.compressor(zstd_level).compress(raw.data) if zstd_level else raw.tobytes()
 
 
-def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
-    """The container of `sections`; the header's `sizes` are filled in from them."""
-    sized = header.model_copy(update={"sizes": [len(section) for section in sections]})
+def pack_head(header: Header, sizes: Sequence[int]) -> bytes:
+    """What comes before the sections of a container, where these have so many bytes."""
+    sized = header.model_copy(update={"sizes": list(sizes)})
     # Left out where there is none: most runs have none.
     packed = msgpack.packb(sized.model_dump(mode="python", exclude={"progress"} if not sized.progress else None))
-    return b"".join([_PREFIX.pack(MAGIC, len(packed)), packed, *sections])
+    return bytes(_PREFIX.pack(MAGIC, len(packed)) + packed)
+
+
+def container_pieces(header: Header, sections: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The container of `sections` without a copy of them: its bytes are these pieces, one after the other."""
+    return (pack_head(header, [len(section) for section in sections]), *sections)
+
+
+def pack_container(header: Header, sections: Sequence[bytes]) -> bytes:
+    """The container of `sections`; the header's `sizes` are filled in from them."""
+    return b"".join(container_pieces(header, sections))
 
 
 def encode_flat(header: Header, fragment: Fragment, flat: F32, zstd_level: int, residual: F32 | None = None) -> bytes:
