@@ -22,11 +22,12 @@ import xxhash
 from coordinator.outer import kernels
 from coordinator.outer.optimizers import SLOTS, OuterRule, Update, update_of
 from coordinator.outer.rules import Combination, Measures, combination, mean_cosine
+from coordinator.outer.vectors import Vectors
 from shared.codecs import DENSE
 from shared.codecs import warm_up as warm_up_codecs
 from shared.codecs.kernels import F32, accumulate_fp32, square_sum
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment, combine_digests, digest_chunk, digest_flat
-from shared.wire import Container, Header, pack_container, pack_section, tensor_table
+from shared.wire import Container, Header, container_pieces, pack_section, tensor_table
 
 T = TypeVar("T")
 CANCELLED = 1e-5
@@ -37,7 +38,8 @@ CANCELLED = 1e-5
 class OuterState:
     """A fragment's state at the coordinator: flat fp32 vectors of fragment.size elements.
 
-    `slots` are the vectors of the outer optimizer by name, `count` is what it counts (see `optimizers`).
+    `slots` are the vectors of the outer optimizer by name, `count` is what it counts (see `optimizers`). `vectors` is
+    where new ones come from.
     """
 
     fragment: Fragment
@@ -48,6 +50,7 @@ class OuterState:
     version: int = 0
     tokens: int = 0
     digest: str = ""
+    vectors: Vectors = field(default_factory=Vectors)
 
     @classmethod
     def initial(cls, fragment: Fragment, weights: F32) -> OuterState:
@@ -72,7 +75,8 @@ class OuterState:
             self.slots = {}
         if set(wanted) != set(self.slots):
             self.count = 0
-        self.slots = {name: self.slots.get(name, np.zeros_like(self.master)) for name in wanted}
+        kept, size = self.slots, self.fragment.size
+        self.slots = {name: kept[name] if name in kept else self.vectors.zeros(name, size) for name in wanted}
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,17 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A finished outer step: the delta as a container, and the digests after it.
+    """A finished outer step: the delta as a container of `delta_size` bytes, in pieces, and the digests after it.
 
+    The delta is in memory until it is on disk, and not written out as it comes: a disk that refuses in the middle of a
+    step would leave a state that is neither version. It is never joined, for it may have the size of the fragment.
     `merged_norm` is the length of the merged pseudo-gradient, `cosine` the mean cosine between the contributions
     (None where there was one).
     """
 
     version: int
-    delta: bytes
+    delta: tuple[bytes, ...]
+    delta_size: int
     digests: Digests
     tokens: int
     merged_norm: float
@@ -156,9 +163,11 @@ def outer_step(
         sizes=[],
     )
     squares = [square for _, _, square in done]
+    delta = container_pieces(header, chunks_of)
     return Stepped(
         version=state.version,
-        delta=pack_container(header, chunks_of),
+        delta=delta,
+        delta_size=sum(len(piece) for piece in delta),
         digests=digests,
         tokens=tokens,
         merged_norm=math.sqrt(math.fsum(squares)),

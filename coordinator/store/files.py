@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -39,12 +40,16 @@ class Blobs:
         path = self.path(digest)
         return path.is_file() and path.stat().st_size == size
 
-    def put(self, data: bytes) -> str:
-        """Stores `data` durably and returns its digest. Raises OSError where the disk refuses."""
-        digest = sha256(data).hexdigest()
-        if not self.has(digest, len(data)):
+    def put(self, *pieces: bytes) -> str:
+        """Stores the bytes of all pieces, one after the other, durably as one blob and returns its digest. Raises
+        OSError where the disk refuses."""
+        hashed = sha256()
+        for piece in pieces:
+            hashed.update(piece)
+        digest = hashed.hexdigest()
+        if not self.has(digest, sum(len(piece) for piece in pieces)):
             self._prepare(digest)
-            self._disk.put(self.path(digest), lambda beside: _fill(beside, data))
+            self._disk.put(self.path(digest), lambda beside: _fill(beside, pieces))
         return digest
 
     def adopt(self, source: Path, digest: str) -> None:
@@ -96,5 +101,6 @@ def _file_digest(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _fill(path: Path, pieces: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(pieces)

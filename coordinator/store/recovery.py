@@ -7,11 +7,12 @@ cannot be explained are never trained on. A round that was closed and not publis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 
 from coordinator.outer.step import OuterState, Stepped, Weighted, outer_step
+from coordinator.outer.vectors import Vectors
 from coordinator.store.checkpoint import Checkpoints
 from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal, StoredRound
@@ -22,6 +23,12 @@ from shared.wire import open_container
 log = logging.getLogger(__name__)
 
 Publish = Callable[[StoredRound, Stepped], None]
+Home = Callable[[Fragment], Vectors]
+"""Where a fragment's state is to be."""
+
+
+def in_memory(fragment: Fragment) -> Vectors:
+    return Vectors()
 
 
 def execute(
@@ -60,12 +67,14 @@ def recover(
     embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
-) -> list[OuterState]:
-    """The state of every fragment as the journal has it; `publish` gets a round that was left unpublished."""
-    return [
-        _recover_fragment(fragment, journal, blobs, checkpoints, run, embeddings, executor, publish)
-        for fragment in layout.fragments
-    ]
+    home: Home = in_memory,
+) -> Iterator[OuterState]:
+    """The state of every fragment as the journal has it, each made when it is asked for and at rest then; `publish`
+    gets a round that was left unpublished."""
+    for fragment in layout.fragments:
+        yield _recover_fragment(
+            fragment, journal, blobs, checkpoints, run, embeddings, executor, publish, home(fragment)
+        )
 
 
 def _recover_fragment(
@@ -77,8 +86,9 @@ def _recover_fragment(
     embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
+    vectors: Vectors,
 ) -> OuterState:
-    state = _newest_sound(fragment, checkpoints)
+    state = _newest_sound(fragment, checkpoints, vectors)
     for round_ in journal.rounds(fragment.index, after=state.version):
         if round_.version != state.version + 1:
             raise CorruptError(
@@ -92,10 +102,11 @@ def _recover_fragment(
                 f"version {round_.version} of fragment {fragment.index} came out different when it was executed again; "
                 "a blob or checkpoint was changed: restore the state directory from a backup"
             )
+    vectors.rest()
     return state
 
 
-def _newest_sound(fragment: Fragment, checkpoints: Checkpoints) -> OuterState:
+def _newest_sound(fragment: Fragment, checkpoints: Checkpoints, vectors: Vectors) -> OuterState:
     entries = checkpoints.entries(fragment.index)
     if not entries:
         raise CorruptError(
@@ -103,7 +114,7 @@ def _newest_sound(fragment: Fragment, checkpoints: Checkpoints) -> OuterState:
         )
     for entry in entries:
         try:
-            return checkpoints.load(entry, fragment)
+            return checkpoints.load(entry, fragment, vectors)
         except CorruptError as error:
             failure = error
             log.warning("%s; trying the one before", error)

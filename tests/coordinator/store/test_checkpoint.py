@@ -93,7 +93,7 @@ def test_a_save_that_fails_leaves_the_checkpoints_that_were_there(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.store.checkpoint.save_file", full)
+        patch.setattr("coordinator.store.checkpoint.write_tensors", full)
         with pytest.raises(OSError, match="No space"):
             checkpoints.save(state_at(32))
     (entry,) = checkpoints.entries(0)
@@ -224,5 +224,5 @@ def test_recovery_takes_the_checkpoint_before_a_broken_one_and_ends_in_the_same_
     first = checkpoints.directory / "p0000-v000000000.safetensors"
     first.write_bytes(b"")
     with pytest.raises(CorruptError, match=first.name):
-        recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", (), pool, lambda *_: None)
+        list(recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", (), pool, lambda *_: None))
     journal.close()

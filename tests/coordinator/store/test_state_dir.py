@@ -31,7 +31,7 @@ def config(**tables: dict[str, Any]) -> RunConfig:
 
 
 def initial() -> Initial:
-    return Initial(LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)], ["b"], 64)
+    return Initial(LAYOUT, lambda fragment: np.full(fragment.size, 1.0 + fragment.index, np.float32), ["b"], 64)
 
 
 def adopted(path: Path, run: RunConfig) -> str:
