@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from coordinator.machine import Machine
+from coordinator.publication import Publication
 from coordinator.service import Coordinator
 from coordinator.store.journal import Journal
 from shared.files import Disk
@@ -60,21 +61,37 @@ def test_a_run_may_go_from_memory_to_mapped_files_and_back(tmp_path: Path, killi
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is resident")
-def test_no_fragment_is_resident_once_its_work_is_done(tmp_path: Path) -> None:
+def test_no_fragment_is_resident_once_its_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its recovery, and after each step, checkpoint and snapshot."""
+    files = [tmp_path / "state" / "states" / name for name in FILES]
+    found: list[tuple[str, int]] = []
+
+    def watched(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def then_looked_at(*arguments: Any) -> Any:
+            result = real(*arguments)
+            found.append((name, sum(resident(path) for path in files)))
+            return result
+
+        monkeypatch.setattr(owner, name, then_looked_at)
+
+    for owner, name in ((Coordinator, "_execute"), (Coordinator, "_checkpoint"), (Publication, "_make_snapshot")):
+        watched(owner, name)
+
     async def run() -> None:
         coordinator = await Coordinator.open(config(resting="mapped"), tmp_path / "state", tmp_path)
-        files = {path.name: path for path in (tmp_path / "state" / "states").iterdir()}
-        assert files.keys() == FILES
-        assert [resident(path) for path in files.values()] == [0] * 6, "as it was recovered"
+        assert {path.name for path in (tmp_path / "state" / "states").iterdir()} == FILES
+        assert [resident(path) for path in files] == [0] * 6
         await coordinator.start()
         await act_as_sites(coordinator, {}, SITES)
         await asyncio.gather(*coordinator._merges)
-        assert [resident(path) for path in files.values()] == [0] * 6, "stepped and checkpointed"
         await coordinator.publication.snapshot(0, coordinator.publication.newest[0].version)
-        assert [resident(path) for path in files.values()] == [0] * 6, "and made a snapshot of"
         await coordinator.stop()
 
     asyncio.run(run())
+    assert {name for name, _ in found} == {"_execute", "_checkpoint", "_make_snapshot"}
+    assert {size for _, size in found} == {0}
     assert not (tmp_path / "state" / "states").exists(), "nobody reads them again"
 
 

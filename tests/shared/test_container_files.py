@@ -12,6 +12,7 @@ from shared.container_files import write_flat
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import blob_digest, container_pieces, encode_flat, pack_container, tensor_table
 from tests.shared.make_golden import CODEC_NAMES, FRAGMENT, header, values
+from tests.support.peak import peak_of
 
 LARGE = Fragment(0, (TensorSpec("a", (CHUNK_ELEMENTS + 7,)), TensorSpec("b", (3, 5))))
 
@@ -50,3 +51,13 @@ def test_a_container_in_pieces_is_the_container() -> None:
     assert b"".join(container_pieces(header("fp32", False), sections)) == pack_container(
         header("fp32", False), sections
     )
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_memory_does_not_grow_with_the_container(tmp_path: Path, level: int) -> None:
+    many = Fragment(0, (TensorSpec("a", (8 * CHUNK_ELEMENTS,)),))
+    flat = np.random.default_rng(0).standard_normal(many.size, dtype=np.float32)
+    described = header("fp32", level > 0).model_copy(update={"tensors": tensor_table(many)})
+    with peak_of() as peak:
+        write_flat(tmp_path / "file", described, many, flat, level)
+    assert peak.bytes < 4 * (4 * CHUNK_ELEMENTS)

@@ -18,6 +18,7 @@ from coordinator.store.journal import Journal
 from coordinator.store.recovery import recover
 from shared.errors import CorruptError
 from shared.fragments import Fragment, Layout, TensorSpec
+from tests.support.peak import peak_of
 
 FRAGMENT = Fragment(0, (TensorSpec("a", (5, 4)), TensorSpec("b", (13,))))
 OTHER = Fragment(1, (TensorSpec("c", (33,)),))
@@ -99,6 +100,27 @@ def test_a_save_that_fails_leaves_the_checkpoints_that_were_there(
     (entry,) = checkpoints.entries(0)
     assert_same(checkpoints.load(entry, FRAGMENT), state_at(16))
     assert len(list(checkpoints.directory.iterdir())) == 2
+
+
+def test_neither_saving_nor_loading_takes_a_copy_of_the_fragment(checkpoints: Checkpoints) -> None:
+    large = Fragment(0, (TensorSpec("a", (1 << 21,)),))
+    state, vector = state_at(16, large), 4 * large.size
+    with peak_of() as peak:
+        checkpoints.save(state)
+    assert peak.bytes < vector / 8
+    with peak_of() as peak:
+        loaded = checkpoints.load(checkpoints.entries(0)[0], large)
+    assert peak.bytes < 3 * vector + vector / 8, "Θ, Θ̂ and the momentum, which are what was asked for"
+    assert_same(loaded, state)
+
+
+def test_a_checkpoint_with_other_vectors_than_a_state_has_is_refused(checkpoints: Checkpoints) -> None:
+    """Their names become those of files."""
+    state = state_at(16)
+    state.slots["../../elsewhere"] = state.slots["momentum"]
+    checkpoints.save(state)
+    with pytest.raises(CorruptError, match="which is not what a state has"):
+        checkpoints.load(checkpoints.entries(0)[0], FRAGMENT)
 
 
 def test_a_flipped_bit_in_any_tensor_is_found_and_the_file_is_named(checkpoints: Checkpoints) -> None:

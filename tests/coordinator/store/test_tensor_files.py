@@ -50,6 +50,8 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "file"), tensors())
     with safe_open(tmp_path / "file", framework="np") as file:
         assert file.metadata() == METADATA
+    length = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert length % 8 == 0, "so that tensors are aligned where the file is mapped"
 
 
 def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
