@@ -4,7 +4,7 @@ A run of 10 billion parameters has 120 GB of state with Nesterov, and a merge wo
 vector is an array like any other; `rest` gives its pages back once the fragment's work is done. What was changed stays
 in the page cache, from where the kernel writes it to the file and which it may use for something else after that, so
 that a machine with room keeps everything in memory and one without reads a fragment from disk when its turn comes. The
-price: what a round changes (12 bytes a parameter) is written to disk sooner or later, though nobody will read it again.
+price: what a round changes (12 bytes a parameter) is written to disk sooner or later, whether it is read again or not.
 
 The files are scratch: `states/pPPPP.NAME`, made anew at each start from checkpoint and journal, never read by anyone
 else, not synced, worth nothing after a crash. Their room is taken when they are made, before anything is acknowledged:
