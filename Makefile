@@ -26,6 +26,7 @@ check: lint test
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.merge --quick $(ARGS)
+	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.quality --quick
 	$(BIN)/python -m benchmarks.kills --quick
 	$(BIN)/python -m benchmarks.storm --quick

@@ -59,7 +59,7 @@ def measure(
                 began = time.perf_counter()
                 stepped = outer_step(state, weighted, rule, "benchmark", 0, pool)
                 times.append(time.perf_counter() - began)
-            sent = len(stepped.delta)
+            sent = stepped.delta_size
     read = sum(file.stat().st_size for file in files)
     seconds = statistics.median(times)
     return {

@@ -148,6 +148,8 @@ SETTINGS = [
     Setting("decoupled-long-cycle", "the same, H = 32", {"inner": {"steps": 32}}),
     Setting("decoupled-fp32", "the same, fp32 up and down", FP32),
     Setting("decoupled-step-0", "int4 on its finest grid", _wire(upload_step=0.0)),
+    Setting("decoupled-step-0.5", "int4 on a grid of ½ σ", _wire(upload_step=0.5)),
+    Setting("decoupled-step-0.75", "int4 on a grid of ¾ σ", _wire(upload_step=0.75)),
     Setting("decoupled-step-1", "int4 on a grid of 1 σ", _wire(upload_step=1.0)),
     Setting("decoupled-step-1.5", "int4 on a grid of 1.5 σ", _wire(upload_step=1.5)),
     Setting("decoupled-step-2", "int4 on a grid of 2 σ", _wire(upload_step=2.0)),
@@ -157,6 +159,12 @@ SETTINGS = [
     Setting("decoupled-topk2-256-momentum", "topk2, k = 256, our η and μ", _with(TOPK, _wire(topk=256), OURS)),
     Setting(
         "decoupled-topk2-256-best", "topk2, k = 256, β = 1, our η and μ", _with(TOPK, _wire(topk=256), WHOLE, OURS)
+    ),
+    Setting("decoupled-topk2-304", "topk2, k = 304, our η and μ", _with(TOPK, _wire(topk=304), OURS)),
+    Setting(
+        "decoupled-topk2-304-98",
+        "topk2, k = 304, β = 0.98, our η and μ",
+        _with(TOPK, _wire(topk=304, feedback_decay=0.98), OURS),
     ),
     Setting("decoupled-topk2-best", "topk2, β = 1, our η and μ", _with(TOPK, WHOLE, OURS)),
     Setting("decoupled-topk2-whole", "topk2 up, β = 1, outer SGD", _with(TOPK, WHOLE, _outer(optimizer="sgd"))),

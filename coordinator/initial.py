@@ -1,24 +1,34 @@
-"""Version 0 of a run: the layout of the task's model and its initial weights, from the seed or from files."""
+"""Version 0 of a run: the layout of the task's model and its initial weights, from the seed or from files.
+
+At most the model as its task builds it and one fragment are in memory: weights are flattened, and read from files,
+fragment by fragment.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from coordinator.store.state_dir import Initial
+from shared.codecs.kernels import square_sum
 from shared.config import RunConfig
 from shared.errors import ConfigError
-from shared.fragments import F32, Layout, TensorSpec, build_layout
+from shared.fragments import F32, Fragment, Layout, TensorSpec, build_layout
 from shared.task import build_model, load_task
+
+Named = Callable[[str], Tensor]
+"""The tensor of this name."""
 
 
 def initial_weights(config: RunConfig, base: Path) -> Initial:
-    """What the run starts from. Relative files in the config count from `base`. Raises ConfigError."""
+    """What the run starts from. Relative files in the config count from `base`. Raises ConfigError, now or when the
+    weights are asked for."""
     task = load_task(config.task.use, config.task.options(), base)
     model = build_model(task, config.run.seed)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -26,12 +36,9 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
         raise ConfigError(f"[task] use: the model of {config.task.use!r} has no parameters")
     specs = [TensorSpec(name, tuple(tensor.shape)) for name, tensor in parameters.items()]
     layout = build_layout(specs, config.rounds.fragments, config.rounds.layout)
+    named: Named = parameters.__getitem__
     if config.run.init:
-        parameters = _from_files(base / Path(config.run.init).expanduser(), layout)
-    arrays = {name: _fp32(tensor) for name, tensor in parameters.items()}
-    bad = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
-    if bad is not None:
-        raise ConfigError(f"initial tensor {bad} holds NaN or infinity; start from other weights")
+        named = _from_files(base / Path(config.run.init).expanduser(), layout)
     embedded = {
         id(module.weight)
         for module in model.modules()
@@ -42,7 +49,17 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
     sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
     if sequence_tokens is not None and not (isinstance(sequence_tokens, int) and sequence_tokens > 0):
         raise ConfigError(f"[task] use: sequence_tokens of {config.task.use!r} is {sequence_tokens!r}, not a count")
-    return Initial(layout, [fragment.flatten(arrays) for fragment in layout.fragments], embeddings, sequence_tokens)
+    return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens)
+
+
+def _flat(fragment: Fragment, named: Named) -> F32:
+    """The fragment's tensors end to end. Raises ConfigError where a value is not finite."""
+    flat = np.empty(fragment.size, dtype=np.float32)
+    for name, (start, stop) in fragment.offsets.items():
+        flat[start:stop] = _fp32(named(name)).reshape(-1)
+        if not math.isfinite(square_sum(flat[start:stop])):
+            raise ConfigError(f"initial tensor {name} holds NaN or infinity; start from other weights")
+    return flat
 
 
 def _fp32(tensor: Tensor) -> F32:
@@ -50,21 +67,32 @@ def _fp32(tensor: Tensor) -> F32:
     return array
 
 
-def _from_files(path: Path, layout: Layout) -> dict[str, Tensor]:
-    """The run's tensors out of a safetensors file or a directory of them."""
+def _from_files(path: Path, layout: Layout) -> Named:
+    """The run's tensors out of a safetensors file or a directory of them, each read when it is asked for."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    tensors: dict[str, Tensor] = {}
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         for file in files:
-            tensors.update(load_file(file))
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    where[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"[run] init: {path} cannot be read: {error}") from None
-    if not tensors:
+    if not where:
         raise ConfigError(f"[run] init: {path} holds no safetensors file")
     wanted = [tensor.name for fragment in layout.fragments for tensor in fragment.tensors]
-    held = {name: tensors[name] for name in wanted if name in tensors}
     try:
-        layout.check_model([TensorSpec(name, tuple(tensor.shape)) for name, tensor in held.items()])
+        layout.check_model([TensorSpec(name, shapes[name]) for name in wanted if name in where])
     except ConfigError as error:
         raise ConfigError(f"[run] init: {path} does not fit the task: {error}") from None
-    return held
+
+    def named(name: str) -> Tensor:
+        try:
+            with safe_open(where[name], framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"[run] init: {where[name]} cannot be read: {error}") from None
+
+    return named

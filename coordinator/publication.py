@@ -16,10 +16,11 @@ from coordinator.store.state_dir import StateDir
 from coordinator.workers import Workers
 from shared.codecs import DENSE
 from shared.compression import Compression
+from shared.container_files import write_flat
 from shared.errors import CorruptError
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import Code
-from shared.wire import Header, blob_digest, encode_flat, tensor_table
+from shared.wire import Header, tensor_table
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Publication:
         self._news = [asyncio.Event() for _ in states]
         self._closed = False
         # What an earlier process made of them is not known; they are made again when somebody asks.
-        for old in store.snapshots.glob("*.isthmus"):
+        for old in store.snapshots.iterdir():
             store.disk.remove(old)
 
     def publish(self, fragment: int, published: Published) -> None:
@@ -177,9 +178,15 @@ class Publication:
             steps=0,
             sizes=[],
         )
-        data = encode_flat(header, state.fragment, state.published, level)
-        path = self._store.snapshots / f"p{fragment:04d}-v{version:09d}-{blob_digest(data)}.isthmus"
-        self._store.disk.put(path, lambda beside: _write_bytes(beside, data))
+
+        def write(beside: Path) -> str:
+            digest = write_flat(beside, header, state.fragment, state.published, level)
+            return f"p{fragment:04d}-v{version:09d}-{digest}.isthmus"
+
+        try:
+            self._store.disk.put_as(self._store.snapshots, write)
+        finally:
+            state.vectors.rest()
         for old in sorted(self._store.snapshots.glob(f"p{fragment:04d}-v*.isthmus"))[:-SNAPSHOTS_KEPT]:
             self._store.disk.remove(old)
         return version
@@ -191,7 +198,3 @@ class Publication:
     def _wake(self, fragment: int) -> None:
         self._news[fragment].set()
         self._news[fragment] = asyncio.Event()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

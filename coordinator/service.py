@@ -15,6 +15,8 @@ import shutil
 import uuid
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,16 @@ from coordinator.lending import Lending
 from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
 from coordinator.mirroring import Mirroring
-from coordinator.outer.optimizers import OuterRule
-from coordinator.outer.step import OuterState, Stepped, warm_up
+from coordinator.outer.optimizers import SLOTS, OuterRule
+from coordinator.outer.step import OuterState, Room, Stepped, warm_up
 from coordinator.publication import Publication, Published
 from coordinator.readers import Readers
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import StoredRound
 from coordinator.store.mirror import Place
-from coordinator.store.recovery import execute, recover
+from coordinator.store.recovery import Home, execute, in_memory, recover
+from coordinator.store.resting import is_mapped, map_states, state_bytes
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
 from shared.compression import Compression, usual_level
@@ -55,7 +58,7 @@ from shared.protocol import (
     Preview,
     ShardMessage,
 )
-from shared.wire import container_bound
+from shared.wire import container_bound, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +167,9 @@ class Coordinator:
         self._mirroring = Mirroring(mirror, store, config.store, workers, machine)
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
+        self._room = Room()
+        self._stepping = asyncio.Lock()
+        """Held from a step until its delta is on disk: however many rounds close at once, memory holds one delta."""
         self._timekeeper: asyncio.Task[None] | None = None
         self._news, self._due = asyncio.Event(), -math.inf
         """Whoever keeps time sleeps until `_due`, or until there is news that changes that."""
@@ -224,6 +230,7 @@ class Coordinator:
         while self._merges:
             await asyncio.gather(*self._merges, return_exceptions=True)
         await asyncio.to_thread(self.workers.shutdown)
+        self.store.disk.remove(self.store.states)
         for journal in (self.reader, self._merge_reader, self._history.journal):
             journal.close()
         self.store.close()
@@ -438,9 +445,12 @@ class Coordinator:
     async def _merge_steadily(self, close: CloseRound) -> None:
         began = self.clock()
         p, version, workers = close.fragment, close.version, self.workers
-        stepped = await workers.on(workers.merger, self._execute, p, version)
-        merged = self.clock()
-        digest = await workers.durably(workers.merger, "a delta", self.store.blobs.put, stepped.delta)
+        async with self._stepping:
+            stepped = await workers.on(workers.merger, self._execute, p, version)
+            merged = self.clock()
+            put = partial(self.store.blobs.put, executor=workers.chunks)
+            digest = await workers.durably(workers.merger, "a delta", put, *stepped.delta)
+            stepped = replace(stepped, delta=())
         await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, self._wall())
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
         self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
@@ -456,10 +466,22 @@ class Coordinator:
         round_ = self._merge_reader.round(fragment, version)
         if round_ is None:
             raise IsthmusError(f"round {fragment}/{version} is not in the journal")
-        state = self._states[fragment]
-        return execute(
-            state, round_, self._merge_reader, self.store.blobs, self.run_id, self.store.embeddings, self.workers.chunks
+        state, embeddings = self._states[fragment], self.store.embeddings
+        stepped = execute(
+            state,
+            round_,
+            self._merge_reader,
+            self.store.blobs,
+            self.run_id,
+            embeddings,
+            self.workers.chunks,
+            self._room,
         )
+        state.vectors.rest()
+        self._delta_level = self._delta_compression.level(
+            unpacked(stepped.delta[len(stepped.delta) // 2], round_.rule.zstd_level), self.readers.slowest
+        )
+        return stepped
 
     def _checkpoint_all(self, stalest: int) -> None:
         for p in range(len(self._states)):
@@ -469,6 +491,7 @@ class Coordinator:
         """On the merge thread: saves the fragment, then drops what no checkpoint, no site and no contribution, which
         may have a base `stalest` versions old, needs any more."""
         self._checkpoints.save(self._states[fragment])
+        self._states[fragment].vectors.rest()
         oldest = self._checkpoints.entries(fragment)[-1].version
         version, store = self._states[fragment].version, self.config.store
         # The digests of bases that a contribution may still have are in the rounds' rows.
@@ -548,18 +571,29 @@ def _open_states(
     warm_up()
 
     def publish(round_: StoredRound, stepped: Stepped) -> None:
-        store.journal.publish(round_.fragment, stepped, store.blobs.put(stepped.delta), machine.wall())
+        store.journal.publish(round_.fragment, stepped, store.blobs.put(*stepped.delta), machine.wall())
 
     began = machine.clock()
     checkpoints = store.checkpoints(config.store.keep_checkpoints)
-    states = recover(
-        store.layout, store.journal, store.blobs, checkpoints, store.run_id, store.embeddings, workers.chunks, publish
-    )
+    journal, blobs, run, embeddings = store.journal, store.blobs, store.run_id, store.embeddings
+    home = _home(config, store, machine)
+    states = list(recover(store.layout, journal, blobs, checkpoints, run, embeddings, workers.chunks, publish, home))
     if strays := store.blobs.sweep(store.journal.needed_blobs()):
         log.info("removed %d blobs that nothing names", strays)
     seconds, versions = machine.clock() - began, [state.version for state in states]
     log.info("run %s: %s, versions %s, in %.2f s", store.run_id, "new" if new else "recovered", versions, seconds)
     return states
+
+
+def _home(config: RunConfig, store: StateDir, machine: Machine) -> Home:
+    """Where the fragments rest. Raises OSError where that is on disk and the disk has no room for it."""
+    fragments, slots = store.layout.fragments, SLOTS[config.outer.optimizer]
+    needed = sum(state_bytes(fragment, slots) for fragment in fragments)
+    if not is_mapped(config.store.resting, needed, machine.memory()):
+        return in_memory
+    homes = map_states(store.states, fragments, slots, store.disk)
+    log.info("fragments rest in mapped files: %.3g GB under %s", needed / 1e9, store.states)
+    return lambda fragment: homes[fragment.index]
 
 
 def _allowed(decisions: list[Decision] | Refusal) -> list[Decision]:

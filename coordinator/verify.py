@@ -85,6 +85,7 @@ def _verify_fragment(
             later = [entry for entry in sound if entry.version >= round_.version]
             if not later:
                 break
+            del state  # before another is in memory
             state = checkpoints.load(later[0], fragment)
     found.versions[p] = first, state.version
 

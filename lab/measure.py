@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from coordinator.export import read_states
+from coordinator.export import stored_run
+from coordinator.outer.step import OuterState
 from coordinator.store.state_dir import StateDir
 from shared.config import RunConfig
 from shared.fragments import TensorSpec, build_layout, digest_flat
@@ -38,24 +40,27 @@ def training_speed(config: RunConfig, sites: int, threads: int) -> float:
 def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
     """Whether every site's anchors, as its last local checkpoint holds them, have the digest that the coordinator's
     journal has for the same version, and where that is the last one, its very bits."""
-    stored = read_states(coordinator)
     store = StateDir(coordinator, read_only=True)
     try:
-        for site in sites:
-            saved = checkpoint.load_newest(site, stored.run_id, stored.run_id)
-            if saved is None:
-                return False
-            tensors, manifest = saved
-            for p, (state, (version, *_)) in enumerate(zip(stored.states, manifest["anchors"], strict=True)):
-                anchor, round_ = tensors[f"anchor.{p}"].numpy(), store.journal.round(p, version)
-                published = round_.published_digest if round_ is not None else None
-                if version == 0:
-                    published = store.initial_digest(p)
-                if digest_flat(anchor, state.fragment.chunks()) != published:
-                    return False
-                newest = state.published.view(np.uint32)
-                if version == state.version and not np.array_equal(anchor.view(np.uint32), newest):
-                    return False
+        held = [checkpoint.load_newest(site, store.run_id, store.run_id) for site in sites]
+        with stored_run(coordinator) as stored:
+            return all(
+                saved is not None and _is_published(store, p, state, saved)
+                for p, state in enumerate(stored.states)
+                for saved in held
+            )
     finally:
         store.close()
-    return True
+
+
+def _is_published(store: StateDir, p: int, state: OuterState, saved: tuple[dict[str, Any], dict[str, Any]]) -> bool:
+    """Whether a site's anchor of fragment `p` is a version that was published."""
+    tensors, manifest = saved
+    version: int = manifest["anchors"][p][0]
+    anchor, round_ = tensors[f"anchor.{p}"].numpy(), store.journal.round(p, version)
+    published = round_.published_digest if round_ is not None else None
+    if version == 0:
+        published = store.initial_digest(p)
+    if digest_flat(anchor, state.fragment.chunks()) != published:
+        return False
+    return version != state.version or bool(np.array_equal(anchor.view(np.uint32), state.published.view(np.uint32)))

@@ -9,23 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from coordinator.export import read_states
+from coordinator.export import stored_run
 from shared.config import RunConfig
 from shared.errors import ConfigError
-from shared.fragments import Layout
 from shared.task import build_model, load_task
 from site_agent.training.trainer import evaluate, load_flat
 
 
 def load_model(state_dir: Path, *, published: bool = False) -> tuple[RunConfig, Any, nn.Module]:
     """(config, task, model) with the masters of a state directory, or with `published` what the sites hold."""
-    stored = read_states(state_dir)
-    config = stored.config
-    task = load_task(config.task.use, config.task.options(), stored.base)
-    model = build_model(task, config.run.seed)
-    layout = Layout(tuple(state.fragment for state in stored.states))
-    load_flat(model, layout, (state.published if published else state.master for state in stored.states))
-    return config, task, model
+    with stored_run(state_dir) as stored:
+        config = stored.config
+        task = load_task(config.task.use, config.task.options(), stored.base)
+        model = build_model(task, config.run.seed)
+        load_flat(model, stored.layout, (state.published if published else state.master for state in stored.states))
+        return config, task, model
 
 
 def load_exported(file: Path, config: RunConfig, base: Path) -> tuple[Any, nn.Module]:

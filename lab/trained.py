@@ -70,7 +70,7 @@ class TrainedRun(VirtualRun):
         self.cosines: list[float] = []
         self._task = load_task(config.task.use, config.task.options(), base)
         self._layout, self._embeddings = initial.layout, initial.embeddings
-        self._states = [OuterState.initial(f, w) for f, w in zip(self._layout.fragments, initial.weights, strict=True)]
+        self._states = [OuterState.initial(f, initial.weights(f)) for f in self._layout.fragments]
         self._published_now = [_anchor(state) for state in self._states]
         self._eval_model = build_model(self._task, config.run.seed)
         self._executor = ThreadPoolExecutor(1)
@@ -158,7 +158,7 @@ class TrainedRun(VirtualRun):
         rule = rule_of(self.config, close, usual_level(self.config.wire.zstd_level))
         stepped = outer_step(self._states[p], merged, rule, RUN, tokens, self._executor, self._embeddings)
         self._published_now[p] = _anchor(self._states[p])
-        self._delta_bytes[p].append(len(stepped.delta))
+        self._delta_bytes[p].append(stepped.delta_size)
         if stepped.cosine is not None:
             self.cosines.append(stepped.cosine)
 

@@ -215,7 +215,7 @@ class WireTable(_Table):
 
 
 class StoreTable(_Table):
-    """How much history the coordinator keeps, in outer steps of each fragment."""
+    """How much history the coordinator keeps, in outer steps of each fragment, and where the fragments are."""
 
     checkpoint_versions: int = Field(16, ge=1, le=MOST, description="outer steps of a fragment between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, le=MOST, description="checkpoints kept of each fragment, from 1")
@@ -223,6 +223,7 @@ class StoreTable(_Table):
     keep_rounds: int = Field(256, ge=1, le=MOST, description="rounds of each fragment kept in the journal, from 1")
     mirror: str = Field("", description="any URL that fsspec knows, as s3://bucket/path; empty: no mirror")
     mirror_seconds: float = Field(600.0, ge=0, le=1e9, description="seconds between passes of the mirror, or more")
+    resting: Literal["auto", "memory", "mapped"] = "auto"
 
 
 class RunConfig(_Table):

@@ -30,6 +30,20 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    def allocate(self, path: Path, size: int) -> None:
+        """The file `path` is there, with `size` bytes that are zero and whose room on the disk is taken: a store into a
+        mapping of it can then not find the disk full, which would end the process where it stands (SIGBUS)."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            else:  # macOS
+                zeros = bytes(1 << 20)
+                for at in range(0, size, len(zeros)):
+                    os.pwrite(descriptor, zeros[: size - at], at)
+        finally:
+            os.close(descriptor)
+
     def sync(self, path: Path) -> None:
         """The content of a file is durable."""
         _fsync(path)
@@ -55,15 +69,27 @@ class Disk:
 
     def put(self, path: Path, write: Callable[[Path], None]) -> None:
         """`write` fills a file beside `path`; it is synced and takes that name, durably."""
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+        def named(beside: Path) -> str:
+            write(beside)
+            return path.name
+
+        self.put_as(path.parent, named)
+
+    def put_as(self, directory: Path, write: Callable[[Path], str]) -> Path:
+        """The same for a file whose name shows only when it is written: `write` returns it, from `directory` on."""
+        beside = directory / f".{uuid.uuid4().hex}"
+        names: list[str] = []
         try:
-            self.write(beside, write)
+            self.write(beside, lambda path: names.append(write(path)))
             self.sync(beside)
+            path = directory / names[0]
             self.rename(beside, path)
         except BaseException:
             self.remove(beside)
             raise
         self.sync_directory(path.parent)
+        return path
 
 
 DISK = Disk()

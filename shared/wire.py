@@ -108,12 +108,27 @@ def pack_section(raw: U8, zstd_level: int) -> Buffer:
     return _zstd.compressor(zstd_level).compress(raw.data) if zstd_level else raw.data
 
 
-def pack_container(header: Header, sections: Sequence[Buffer]) -> bytes:
-    """The container of `sections`; the header's `sizes` are filled in from them."""
-    sized = header.model_copy(update={"sizes": [len(section) for section in sections]})
+def unpacked(section: Buffer, zstd_level: int) -> U8:
+    """The raw bytes of a section that `pack_section` made here."""
+    return np.frombuffer(_zstd.decompressor.decompress(section) if zstd_level else section, dtype=np.uint8)
+
+
+def pack_head(header: Header, sizes: Sequence[int]) -> bytes:
+    """What comes before the sections of a container, where these have so many bytes."""
+    sized = header.model_copy(update={"sizes": list(sizes)})
     # Left out where there is none: most runs have none.
     packed = msgpack.packb(sized.model_dump(mode="python", exclude={"progress"} if not sized.progress else None))
-    return b"".join([_PREFIX.pack(MAGIC, len(packed)), packed, *sections])
+    return bytes(_PREFIX.pack(MAGIC, len(packed)) + packed)
+
+
+def container_pieces(header: Header, sections: Sequence[Buffer]) -> tuple[Buffer, ...]:
+    """The container of `sections` without a copy of them: its bytes are these pieces, one after the other."""
+    return (pack_head(header, [len(section) for section in sections]), *sections)
+
+
+def pack_container(header: Header, sections: Sequence[Buffer]) -> bytes:
+    """The container of `sections`; the header's `sizes` are filled in from them."""
+    return b"".join(container_pieces(header, sections))
 
 
 def encode_flat(

@@ -62,16 +62,22 @@ class Update:
     scalars: F32
 
     def __call__(
-        self, sections: Sections, delta: F32, master: F32, slots: Sequence[F32], published: F32, codec: Dense
-    ) -> tuple[U8, float]:
+        self,
+        sections: Sections,
+        delta: F32,
+        master: F32,
+        slots: Sequence[F32],
+        published: F32,
+        codec: Dense,
+        out: U8,
+    ) -> float:
         """Steps a chunk of Θ and of the slots by `delta` (empty: zero) plus the weighted sum of `sections`, and Θ̂ by
-        the delta that is published: (that, encoded, and Σ Δ²).
+        the delta that is published, which is encoded into `out` (codec.size(…),). Returns Σ Δ².
 
         Raises ValueError where a value is not finite; the chunk is of no use then.
         """
         first, second, *_ = (*slots, _NONE, _NONE)
-        raw = np.empty(codec.size(master.size), dtype=np.uint8)
-        split = codec.split(raw, master.size)
+        split = codec.split(out, master.size)
         flaw, squares = kernels.step(
             self.kind,
             self.scalars,
@@ -89,7 +95,7 @@ class Update:
             *split,
         )
         codec.require_sound(flaw)
-        return raw, float(squares)
+        return float(squares)
 
 
 @dataclass(frozen=True)

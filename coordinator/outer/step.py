@@ -8,6 +8,7 @@ the GIL); the result does not depend on how many.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
@@ -19,18 +20,20 @@ import xxhash
 from coordinator.outer import kernels
 from coordinator.outer.merge import Merge, Weighted
 from coordinator.outer.optimizers import SLOTS, OuterRule, Sections, Update, update_of
+from coordinator.outer.vectors import Vectors
 from shared.codecs import DENSE, Dense
 from shared.codecs import warm_up as warm_up_codecs
-from shared.codecs.kernels import F32, accumulate_fp32, sum_chunk
+from shared.codecs.kernels import F32, U8, accumulate_fp32, sum_chunk
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment, combine_digests, digest_chunk, digest_flat
-from shared.wire import Buffer, Header, pack_container, pack_section, tensor_table
+from shared.wire import Buffer, Header, container_pieces, pack_section, tensor_table
 
 
 @dataclass
 class OuterState:
     """A fragment's state at the coordinator: flat fp32 vectors of fragment.size elements.
 
-    `slots` are the vectors of the outer optimizer by name, `count` is what it counts (see `optimizers`).
+    `slots` are the vectors of the outer optimizer by name, `count` is what it counts (see `optimizers`). `vectors` is
+    where new ones come from.
     """
 
     fragment: Fragment
@@ -41,6 +44,7 @@ class OuterState:
     version: int = 0
     tokens: int = 0
     digest: str = ""
+    vectors: Vectors = field(default_factory=Vectors)
 
     @classmethod
     def initial(cls, fragment: Fragment, weights: F32) -> OuterState:
@@ -65,7 +69,23 @@ class OuterState:
             self.slots = {}
         if set(wanted) != set(self.slots):
             self.count = 0
-        self.slots = {name: self.slots[name] if name in self.slots else np.zeros_like(self.master) for name in wanted}
+        kept, size = self.slots, self.fragment.size
+        self.slots = {name: kept[name] if name in kept else self.vectors.zeros(name, size) for name in wanted}
+
+
+class Room:
+    """Memory that deltas are built in, one after the other: fresh pages for each would cost as much as its merge. What
+    was built is of no use once the next one is begun."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, dtype=np.uint8)
+
+    def cut(self, sizes: Sequence[int]) -> list[U8]:
+        """A place for each of so many bytes, uint8 (size,)."""
+        ends = list(itertools.accumulate(sizes))
+        if ends and self._held.size < ends[-1]:
+            self._held = np.empty(ends[-1], dtype=np.uint8)
+        return [self._held[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,14 +99,17 @@ class Digests:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A finished outer step: the delta as a container, and the digests after it.
+    """A finished outer step: the delta as a container of `delta_size` bytes, in pieces, and the digests after it.
 
+    The delta is in memory until it is on disk, and not written out as it comes: a disk that refuses in the middle of a
+    step would leave a state that is neither version. It is never joined, for it may have the size of the fragment.
     `merged_norm` is the length of the merged pseudo-gradient, `cosine` the mean cosine between the contributions
     (None where there was one).
     """
 
     version: int
-    delta: bytes
+    delta: tuple[Buffer, ...]
+    delta_size: int
     digests: Digests
     tokens: int
     merged_norm: float
@@ -101,20 +124,24 @@ def outer_step(
     tokens: int,
     executor: Executor,
     embeddings: Collection[str] = (),
+    room: Room | None = None,
 ) -> Stepped:
     """Moves `state` in place from version v to v+1 and returns the delta that takes any copy of Θ̂ along.
 
     Contributions are summed in the order given. `tokens` are those that they carry, `embeddings` names the tensors
-    that are merged by the mean whatever the rule. Raises FormatError or OSError where a contribution cannot be read;
-    `state` is unusable then and must be rebuilt from the journal.
+    that are merged by the mean whatever the rule, `room` is where the delta may be built. Raises FormatError or OSError
+    where a contribution cannot be read; `state` is unusable then and must be rebuilt from the journal.
     """
     state.adopt(rule)
     merge = Merge(state.fragment, state.slots.get("momentum"), contributions, rule, executor, embeddings)
     merge.prepare()
     update, state.count = update_of(rule, state.count, len(contributions))
     codec = DENSE[rule.codec].with_step(rule.grid_step)
+    places = (room or Room()).cut([codec.size(chunk.size) for chunk in state.fragment.chunks()])
     done = merge.over_chunks(
-        lambda section, chunk: _step_chunk(state, merge, update, codec, rule.zstd_level, section, chunk)
+        lambda section, chunk: _step_chunk(
+            state, merge, update, codec, rule.zstd_level, section, chunk, places[section]
+        )
     )
     chunks_of = [section for section, _, _ in done]
     slots = [combine_digests(digests[2 + n] for _, digests, _ in done) for n in range(len(state.slots))]
@@ -143,9 +170,11 @@ def outer_step(
         sizes=[],
     )
     squares = [square for _, _, square in done]
+    delta = container_pieces(header, chunks_of)
     return Stepped(
         version=state.version,
-        delta=pack_container(header, chunks_of),
+        delta=delta,
+        delta_size=sum(len(piece) for piece in delta),
         digests=digests,
         tokens=tokens,
         merged_norm=math.sqrt(math.fsum(squares)),
@@ -154,15 +183,23 @@ def outer_step(
 
 
 def _step_chunk(
-    state: OuterState, merge: Merge, update: Update, codec: Dense, zstd_level: int, section: int, chunk: Chunk
+    state: OuterState,
+    merge: Merge,
+    update: Update,
+    codec: Dense,
+    zstd_level: int,
+    section: int,
+    chunk: Chunk,
+    out: U8,
 ) -> tuple[Buffer, list[bytes], float]:
-    """Steps one chunk: (packed section of the delta, digests of Θ̂, Θ and each slot, Σ of the merged squares)."""
+    """Steps one chunk: (packed section of the delta, digests of Θ̂, Θ and each slot, Σ of the merged squares). `out` is
+    where the section's raw bytes go."""
     at = slice(chunk.start, chunk.stop)
     master, published = state.master[at], state.published[at]
     slots = [values[at] for values in state.slots.values()]
-    raw, squares = update(*merge.parts(section, chunk), master, slots, published, codec)
+    squares = update(*merge.parts(section, chunk), master, slots, published, codec, out)
     digests = [digest_chunk(values) for values in (published, master, *slots)]
-    return pack_section(raw, zstd_level), digests, squares
+    return pack_section(out, zstd_level), digests, squares
 
 
 def _optimizer_digest(slots: dict[str, str], count: int) -> str:
@@ -178,7 +215,7 @@ def warm_up() -> None:
     codec = DENSE["int8"]
     raws = np.stack([codec.encode(x)] * 2)
     sections = Sections(codec.kind, codec.cut(x.size), raws, np.ones(2, dtype=np.float32))
-    update(sections, x[:0], x.copy(), [x.copy()], x.copy(), codec)
+    update(sections, x[:0], x.copy(), [x.copy()], x.copy(), codec, raws[0].copy())
     sum_chunk(sections.kind, sections.cut, sections.raws, sections.weights, x.copy())
     kernels.dot(x, x)
     accumulate_fp32(x, np.float32(1), x.copy())

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from coordinator.outer.optimizers import SLOTS
 from coordinator.outer.step import Digests, OuterState
+from coordinator.outer.vectors import Vectors
+from coordinator.store.tensor_files import open_tensors, write_tensors
 from shared.errors import CorruptError
 from shared.files import DISK, Disk
 from shared.fragments import Fragment
@@ -27,6 +27,7 @@ from shared.fragments import Fragment
 log = logging.getLogger(__name__)
 
 SLOT = "slot."
+_VECTORS = {"master", "published", *(SLOT + name for names in SLOTS.values() for name in names)}
 _NAME = re.compile(r"p([0-9]{4,})-v([0-9]{9,})\.safetensors")
 
 
@@ -70,7 +71,7 @@ class Checkpoints:
         tensors = {"master": state.master, "published": state.published}
         tensors |= {SLOT + name: values for name, values in state.slots.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._disk.put(self.directory / entry.file, lambda beside: save_file(tensors, beside, metadata))
+        self._disk.put(self.directory / entry.file, lambda beside: write_tensors(beside, tensors, metadata))
         mine = [entry, *(e for e in self.entries(entry.fragment) if e.version != entry.version)]
         others = [e for e in self._manifest() if e.fragment != entry.fragment]
         kept, dropped = mine[: self.keep], mine[self.keep :]
@@ -86,36 +87,41 @@ class Checkpoints:
         listing = json.dumps({"run": self.run, "checkpoints": [asdict(e) for e in entries]})
         self._disk.put(self.directory / "manifest.json", lambda beside: _write_text(beside, listing))
 
-    def load(self, entry: Entry, fragment: Fragment) -> OuterState:
-        """The state in a checkpoint, verified. Raises CorruptError naming the file."""
-        path = self.directory / entry.file
+    def load(self, entry: Entry, fragment: Fragment, vectors: Vectors | None = None) -> OuterState:
+        """The state in a checkpoint, read straight into `vectors` (None: memory) and verified. Raises CorruptError
+        naming the file, and OSError where `vectors` has no room."""
+        path, vectors = self.directory / entry.file, vectors or Vectors()
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        except (OSError, SafetensorError) as error:
+            file = open_tensors(path)
+        except (OSError, ValueError) as error:
             raise CorruptError(f"checkpoint {path} cannot be read: {error}") from None
-        if metadata.pop("metadata_digest", None) != _digest(metadata):
-            raise CorruptError(f"checkpoint {path} is corrupt: its metadata does not match its digest")
-        if any(a.dtype != np.float32 or a.shape != (fragment.size,) for a in arrays.values()):
-            raise CorruptError(f"checkpoint {path} does not have the shape of fragment {fragment.index}")
-        try:
-            state = OuterState(
-                fragment,
-                arrays.pop("master"),
-                arrays.pop("published"),
-                {name.removeprefix(SLOT): values for name, values in arrays.items()},
-                int(metadata["count"]),
-                int(metadata["version"]),
-                int(metadata["tokens"]),
-                metadata["published_digest"],
-            )
-            expected = Digests(metadata["published_digest"], metadata["master_digest"], metadata["optimizer_digest"])
-        except (KeyError, ValueError) as error:
-            raise CorruptError(f"checkpoint {path} lacks its metadata: {error}") from None
-        if metadata.get("run") != self.run or state.version != entry.version:
-            raise CorruptError(f"checkpoint {path} is of run {metadata.get('run')!r}, not {self.run!r}")
-        if state.digests() != expected:
+        with file:
+            facts = _facts(path, file.metadata)
+            if (facts.run, facts.version) != (self.run, entry.version):
+                raise CorruptError(f"checkpoint {path} is of run {facts.run!r}, not {self.run!r}")
+            if set(file.shapes.values()) != {(fragment.size,)}:
+                raise CorruptError(f"checkpoint {path} does not have the shape of fragment {fragment.index}")
+            # Names become those of files where states rest: only those that a state can have.
+            if not {"master", "published"} <= file.shapes.keys() <= _VECTORS:
+                raise CorruptError(f"checkpoint {path} holds {', '.join(file.shapes)}, which is not what a state has")
+            arrays = {name: vectors.empty(name.removeprefix(SLOT), fragment.size) for name in file.shapes}
+            try:
+                for name, array in arrays.items():
+                    file.read_into(name, array)
+            except (OSError, ValueError) as error:
+                raise CorruptError(f"checkpoint {path} cannot be read: {error}") from None
+        state = OuterState(
+            fragment,
+            arrays.pop("master"),
+            arrays.pop("published"),
+            {name.removeprefix(SLOT): values for name, values in arrays.items()},
+            facts.count,
+            facts.version,
+            facts.tokens,
+            facts.digests.published,
+            vectors,
+        )
+        if state.digests() != facts.digests:
             raise CorruptError(f"checkpoint {path} is corrupt: its tensors do not match their digests")
         return state
 
@@ -142,6 +148,30 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"manifest {path} is corrupt: {error}; the next checkpoint mends it"
         return None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint's metadata says of it."""
+
+    run: str
+    version: int
+    tokens: int
+    count: int
+    digests: Digests
+
+
+def _facts(path: Path, metadata: dict[str, str]) -> _Facts:
+    """Raises CorruptError where the metadata is not what was written."""
+    written = {key: value for key, value in metadata.items() if key != "metadata_digest"}
+    if metadata.get("metadata_digest") != _digest(written):
+        raise CorruptError(f"checkpoint {path} is corrupt: its metadata does not match its digest")
+    try:
+        digests = Digests(written["published_digest"], written["master_digest"], written["optimizer_digest"])
+        version, tokens, count = (int(written[name]) for name in ("version", "tokens", "count"))
+        return _Facts(written["run"], version, tokens, count, digests)
+    except (KeyError, ValueError) as error:
+        raise CorruptError(f"checkpoint {path} lacks its metadata: {error}") from None
 
 
 def _digest(metadata: dict[str, str]) -> str:

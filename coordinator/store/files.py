@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import Executor
 from hashlib import sha256
 from pathlib import Path
 
 from shared.errors import CorruptError
 from shared.files import DISK, Disk
+from shared.wire import Buffer
 
 
 def tree_bytes(directory: Path | str) -> int:
@@ -43,14 +46,20 @@ class Blobs:
         path = self.path(digest)
         return path.is_file() and path.stat().st_size == size
 
-    def put(self, data: bytes) -> str:
-        """Stores `data` durably and returns its digest. Raises OSError where the disk refuses."""
-        digest = sha256(data).hexdigest()
-        if not self.has(digest, len(data)):
+    def put(self, *pieces: Buffer, executor: Executor | None = None) -> str:
+        """Stores the bytes of all pieces, one after the other, durably as one blob and returns its digest; `executor`
+        may hash them while they are written. Raises OSError where the disk refuses."""
+
+        def write(beside: Path) -> str:
+            hashing = None if executor is None else executor.submit(_digest, pieces)
+            _fill(beside, pieces)
+            digest = _digest(pieces) if hashing is None else hashing.result()
             self._prepare(digest)
-            self._disk.put(self.path(digest), lambda beside: _fill(beside, data))
-            self._remember(digest)
-        return digest
+            return f"{digest[:2]}/{digest}"
+
+        path = self._disk.put_as(self.directory, write)
+        self._remember(path.name)
+        return path.name
 
     def adopt(self, source: Path, digest: str) -> None:
         """Moves the finished file `source`, whose digest the caller has checked, into place, durably."""
@@ -87,6 +96,7 @@ class Blobs:
     def sweep(self, needed: set[str]) -> int:
         """Removes every blob that is not `needed` (a crash can leave one between its file and its row); how many."""
         strays = [path for path in self.directory.glob("??/*") if path.name not in needed]
+        strays += self.directory.glob(".*")  # and one that has no name yet
         for path in strays:
             self._disk.remove(path)
         return len(strays)
@@ -116,5 +126,13 @@ def _file_digest(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _digest(pieces: Iterable[Buffer]) -> str:
+    hashed = sha256()
+    for piece in pieces:
+        hashed.update(piece)
+    return hashed.hexdigest()
+
+
+def _fill(path: Path, pieces: Iterable[Buffer]) -> None:
+    with path.open("wb") as file:
+        file.writelines(pieces)

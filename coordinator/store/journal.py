@@ -274,7 +274,7 @@ class Journal:
                 (
                     at,
                     delta,
-                    len(stepped.delta),
+                    stepped.delta_size,
                     *astuple(stepped.digests),
                     stepped.merged_norm,
                     stepped.cosine,

@@ -7,12 +7,13 @@ cannot be explained are never trained on. A round that was closed and not publis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 
 from coordinator.outer.merge import Weighted
-from coordinator.outer.step import OuterState, Stepped, outer_step
+from coordinator.outer.step import OuterState, Room, Stepped, outer_step
+from coordinator.outer.vectors import Vectors
 from coordinator.store.checkpoint import Checkpoints
 from coordinator.store.files import Blobs
 from coordinator.store.journal import Journal, StoredRound
@@ -23,6 +24,12 @@ from shared.wire import open_container
 log = logging.getLogger(__name__)
 
 Publish = Callable[[StoredRound, Stepped], None]
+Home = Callable[[Fragment], Vectors]
+"""Where a fragment's state is to be."""
+
+
+def in_memory(fragment: Fragment) -> Vectors:
+    return Vectors()
 
 
 def execute(
@@ -33,8 +40,10 @@ def execute(
     run: str,
     embeddings: Collection[str],
     executor: Executor,
+    room: Room | None = None,
 ) -> Stepped:
-    """Carries out a journaled round on `state`, from the contributions' blobs. Raises CorruptError."""
+    """Carries out a journaled round on `state`, from the contributions' blobs; `room`: see `outer_step`. Raises
+    CorruptError."""
     with ExitStack() as stack:
         weighted = []
         for id_, weight in round_.members:
@@ -49,7 +58,7 @@ def execute(
             except FormatError as error:
                 raise CorruptError(f"blob {path} is not a sound contribution: {error}") from None
             weighted.append(Weighted(container, weight, stored.norm))
-        return outer_step(state, weighted, round_.rule, run, round_.tokens, executor, embeddings)
+        return outer_step(state, weighted, round_.rule, run, round_.tokens, executor, embeddings, room)
 
 
 def recover(
@@ -61,12 +70,14 @@ def recover(
     embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
-) -> list[OuterState]:
-    """The state of every fragment as the journal has it; `publish` gets a round that was left unpublished."""
-    return [
-        _recover_fragment(fragment, journal, blobs, checkpoints, run, embeddings, executor, publish)
-        for fragment in layout.fragments
-    ]
+    home: Home = in_memory,
+) -> Iterator[OuterState]:
+    """The state of every fragment as the journal has it, each made when it is asked for and at rest then; `publish`
+    gets a round that was left unpublished."""
+    for fragment in layout.fragments:
+        yield _recover_fragment(
+            fragment, journal, blobs, checkpoints, run, embeddings, executor, publish, home(fragment)
+        )
 
 
 def _recover_fragment(
@@ -78,8 +89,9 @@ def _recover_fragment(
     embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
+    vectors: Vectors,
 ) -> OuterState:
-    state = _newest_sound(fragment, checkpoints)
+    state = _newest_sound(fragment, checkpoints, vectors)
     for round_ in journal.rounds(fragment.index, after=state.version):
         if round_.version != state.version + 1:
             raise CorruptError(
@@ -93,10 +105,11 @@ def _recover_fragment(
                 f"version {round_.version} of fragment {fragment.index} came out different when it was executed again; "
                 "a blob or checkpoint was changed: restore the state directory from a backup"
             )
+    vectors.rest()
     return state
 
 
-def _newest_sound(fragment: Fragment, checkpoints: Checkpoints) -> OuterState:
+def _newest_sound(fragment: Fragment, checkpoints: Checkpoints, vectors: Vectors) -> OuterState:
     entries = checkpoints.entries(fragment.index)
     if not entries:
         raise CorruptError(
@@ -104,7 +117,7 @@ def _newest_sound(fragment: Fragment, checkpoints: Checkpoints) -> OuterState:
         )
     for entry in entries:
         try:
-            return checkpoints.load(entry, fragment)
+            return checkpoints.load(entry, fragment, vectors)
         except CorruptError as error:
             failure = error
             log.warning("%s; trying the one before", error)

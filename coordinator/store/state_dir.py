@@ -1,7 +1,7 @@
 """The coordinator's state directory: what is in it, whose it is, and that one process holds it.
 
 journal.sqlite   blobs/   checkpoints/   snapshots/   uploads/ (spool, emptied at start)   lock
-mirror/ (what is being copied to [store] mirror)
+mirror/ (what is being copied to [store] mirror)   states/ (fragments at rest, made anew at each start: `resting`)
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from coordinator.store.journal import Journal
 from shared.config import RunConfig
 from shared.errors import ConfigError, CorruptError
 from shared.files import DISK, Disk
-from shared.fragments import F32, Layout
+from shared.fragments import F32, Fragment, Layout, digest_flat
 
 
 @dataclass(frozen=True)
 class Initial:
-    """What a run starts from: the layout, the flat fp32 weights of each fragment, the names of the tensors that are
-    embeddings, and the most tokens that a sequence can count (None: the task does not say)."""
+    """What a run starts from: the layout, the flat fp32 weights of each fragment (made when they are asked for: the
+    model is in memory already), the names of the tensors that are embeddings, and the most tokens that a sequence can
+    count (None: the task does not say)."""
 
     layout: Layout
-    weights: list[F32]
+    weights: Callable[[Fragment], F32]
     embeddings: list[str]
     sequence_tokens: int | None = None
 
@@ -53,6 +54,7 @@ class StateDir:
         self.blobs = Blobs(path / "blobs", disk)
         self.snapshots = path / "snapshots"
         self.uploads = path / "uploads"
+        self.states = path / "states"
 
     @classmethod
     def hold(cls, path: Path, disk: Disk = DISK) -> StateDir:
@@ -82,6 +84,10 @@ class StateDir:
             directory.mkdir(exist_ok=True)
         if (state.path / "mirror").exists():
             disk.remove(state.path / "mirror")
+        disk.remove(state.states)
+        # What a crash left of files that had no name yet.
+        for beside in (state.path / "checkpoints").glob(".*"):
+            disk.remove(beside)
         disk.remove(state.uploads)
         state.uploads.mkdir()
         return state
@@ -172,11 +178,9 @@ class StateDir:
         initial = build()
         layout = initial.layout
         run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
-        states = [OuterState.initial(f, w) for f, w in zip(layout.fragments, initial.weights, strict=True)]
         checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints, self.disk)
         self.disk.remove(checkpoints.directory)
-        for state in states:
-            checkpoints.save(state)
+        digests = [_save_initial(checkpoints, fragment, initial.weights(fragment)) for fragment in layout.fragments]
         self.journal.set_meta(
             run=run,
             identity=json.dumps(identity),
@@ -185,7 +189,7 @@ class StateDir:
             layout=json.dumps(layout.to_wire()),
             embeddings=json.dumps(initial.embeddings),
             sequence_tokens=json.dumps(initial.sequence_tokens),
-            initial_digests=json.dumps([state.digest for state in states]),
+            initial_digests=json.dumps(digests),
         )
         return True
 
@@ -208,6 +212,13 @@ class StateDir:
                     f"state directory {self.path} belongs to another run: there {key} is {known.get(key)!r}, "
                     f"here {wanted.get(key)!r}; give this run its own --state, or restore that value"
                 )
+
+
+def _save_initial(checkpoints: Checkpoints, fragment: Fragment, weights: F32) -> str:
+    """Writes the checkpoint of version 0, where Θ = Θ̂ and the optimizer has nothing, and returns its digest."""
+    state = OuterState(fragment, weights, weights, digest=digest_flat(weights, fragment.chunks()))
+    checkpoints.save(state)
+    return state.digest
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

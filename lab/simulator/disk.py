@@ -49,6 +49,10 @@ class FaultyDisk(Disk):
             self._unsynced.add(path)
             super().write_at(path, offset, data)
 
+    def allocate(self, path: Path, size: int) -> None:
+        with self._operation():
+            super().allocate(path, size)
+
     def sync(self, path: Path) -> None:
         with self._operation():
             self._unsynced.discard(path)

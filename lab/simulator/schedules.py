@@ -23,7 +23,7 @@ def schedule_of(seed: int) -> Schedule:
     """A run and its faults, all from `seed`."""
     rng = random.Random(f"schedule {seed}")
     sites = tuple("abc"[: rng.choices((1, 2, 3), (2, 5, 1))[0]])
-    config = _config(rng, len(sites))
+    config = _config(rng, len(sites), mapped=seed % 4 == 0)
     pace = {site: rng.choice((0.2, 0.5, 1.0, 2.0)) for site in sites}
     weather = {site: _weather(rng) for site in sites}
     length = 5 + 4 * STEPS * max(pace.values())
@@ -47,7 +47,7 @@ def schedule_of(seed: int) -> Schedule:
     )
 
 
-def _config(rng: random.Random, sites: int) -> RunConfig:
+def _config(rng: random.Random, sites: int, mapped: bool) -> RunConfig:
     fragments, cycles = rng.choices((1, 2), (7, 1))[0], rng.choices((1, 2, 3), (7, 3, 1))[0]
     quorum: str | int = rng.choice(("all", "all", 1, 1, min(2, sites)))
     overlap: str | int = rng.choice((0, 1, 2, "auto", "unbounded"))
@@ -78,7 +78,11 @@ def _config(rng: random.Random, sites: int) -> RunConfig:
             "publish": rng.choice(("fp32", "int8")),
             "zstd_level": rng.choice((0, 1)),
         },
-        "store": {"checkpoint_versions": rng.choice((1, 16, 16)), "keep_versions": rng.choice((1, 32))},
+        "store": {
+            "checkpoint_versions": rng.choice((1, 16, 16)),
+            "keep_versions": rng.choice((1, 32)),
+            "resting": "mapped" if mapped else "memory",
+        },
     }
     return parse(RunConfig, tables, "run.toml")
 

@@ -11,8 +11,13 @@ from coordinator.core.pacing import dylu
 from coordinator.core.rounds import Contribution, Policy, weights
 from coordinator.outer.optimizers import NOTHING, SLOTS, Optimizer, OuterRule, update_of
 from coordinator.outer.rules import Measures, combination
-from shared.codecs import DENSE as CODECS
-from shared.codecs.kernels import F32
+from shared.codecs import CODECS, DENSE
+from shared.codecs.kernels import F32, U8
+
+
+def room(values: F32) -> U8:
+    """Where a delta in fp32 goes."""
+    return np.empty(values.nbytes, np.uint8)
 
 
 def pushed(optimizer: Optimizer, gradients: list[F32], start: F32, **rule: float) -> list[F32]:
@@ -24,7 +29,7 @@ def pushed(optimizer: Optimizer, gradients: list[F32], start: F32, **rule: float
     count, course = 0, []
     for gradient in gradients:
         update, count = update_of(outer, count, 1)
-        update(NOTHING, gradient.copy(), master, slots, published, DENSE["fp32"])
+        update(NOTHING, gradient.copy(), master, slots, published, DENSE["fp32"], room(master))
         course.append(master.copy())
     return course
 
@@ -73,7 +78,7 @@ def test_a_round_that_overshoots_the_period_is_its_arrivals_one_by_one(period: i
         slots, count = [np.zeros(1, np.float32), np.zeros(1, np.float32)], 0
         for _ in range(60 * arrivals * period // size):
             update, count = update_of(rule, count, size)
-            update(NOTHING, ones.copy(), master, slots, published, DENSE["fp32"])
+            update(NOTHING, ones.copy(), master, slots, published, DENSE["fp32"], room(master))
         ends.append(float(master[0]))
     assert math.isclose(ends[0], ends[1], rel_tol=1e-3)
 
@@ -90,7 +95,9 @@ def test_the_parts_of_a_step_move_as_far_as_the_whole(parts: int, momentum: floa
         master, published = np.zeros(1, np.float32), np.zeros(1, np.float32)
         slots = [np.zeros(1, np.float32)]
         for _ in range(400 * count):
-            update_of(rule, 0, 1)[0](NOTHING, np.ones(1, np.float32), master, slots, published, DENSE["fp32"])
+            update_of(rule, 0, 1)[0](
+                NOTHING, np.ones(1, np.float32), master, slots, published, DENSE["fp32"], room(master)
+            )
         ends.append(float(master[0]))
     assert math.isclose(ends[0], ends[1], rel_tol=0.02)
 

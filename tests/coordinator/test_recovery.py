@@ -56,14 +56,14 @@ DELAYED = {"optimizer": "delayed-nesterov", "period": 3, "merge": "rda", "correc
 ADAM = {"optimizer": "adam", "lr": 0.1, "momentum": 0.8}
 
 
-def config(outer: dict[str, Any] = NESTEROV, quorum: str | int = "all") -> RunConfig:
+def config(outer: dict[str, Any] = NESTEROV, quorum: str | int = "all", resting: str = "auto") -> RunConfig:
     return run_config(
         {
             "outer": outer,
             "run": {"name": "killed", "tokens": VERSIONS * len(SITES) * 10, "min_sites": 2},
             "task": {"use": f"{TOY}:Toy"},
             "rounds": {"fragments": 2, "pacing": "equal-steps", "quorum": quorum},
-            "store": {"checkpoint_versions": 2, "keep_checkpoints": 1},
+            "store": {"checkpoint_versions": 2, "keep_checkpoints": 1, "resting": resting},
         }
     )
 
@@ -170,12 +170,17 @@ async def settled(coordinator: Coordinator, fragment: int, base: int) -> None:
 
 
 async def life(
-    state: Path, sessions: dict[str, str], order: tuple[str, ...], outer: dict[str, Any], quorum: str | int = "all"
+    state: Path,
+    sessions: dict[str, str],
+    order: tuple[str, ...],
+    outer: dict[str, Any],
+    quorum: str | int = "all",
+    resting: str = "auto",
 ) -> list[Digests] | None:
     """One life of a coordinator: the digests of each fragment at its end; None where it was killed."""
     coordinator = None
     try:
-        coordinator = await Coordinator.open(config(outer, quorum), state, state)
+        coordinator = await Coordinator.open(config(outer, quorum, resting), state, state)
         await coordinator.start()
         await act_as_sites(coordinator, sessions, order)
         # The last checkpoint is written after the last version is published.

@@ -196,7 +196,7 @@ async def test_a_snapshot_that_the_disk_refuses_is_a_507_and_can_be_asked_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shared.files.Disk.put", full)
+        patch.setattr("shared.files.Disk.put_as", full)
         assert (await site.ask("GET", path(0, 0, "snapshot"))).is_problem(507, "storage")
     assert (await site.ask("GET", path(0, 0, "snapshot"))).status == 200
 

@@ -18,7 +18,7 @@ from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from shared.codecs import CODECS
 from shared.protocol import Code, Outcome, Upload, unpack
-from shared.wire import blob_digest, container_bound
+from shared.wire import Buffer, blob_digest, container_bound
 
 PART = 64
 UNKNOWN = "0" * 32
@@ -456,16 +456,47 @@ async def test_a_version_waits_for_a_full_disk_and_is_published_once_there_is_ro
     (site,) = await fleet.trains("eu")
     blobs, real, tries = fleet.coordinator.store.blobs, fleet.coordinator.store.blobs.put, []
 
-    def full_at_first(data: bytes) -> str:
-        tries.append(len(data))
+    def full_at_first(*pieces: Buffer, **_: Any) -> str:
+        tries.append(len(pieces))
         if len(tries) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return str(real(data))
+        return str(real(*pieces))
 
     monkeypatch.setattr(blobs, "put", full_at_first)
     await site.contribute(0, 0)
     await site.published(0, 1)
     assert len(tries) == 2
+
+
+async def test_memory_holds_one_delta_however_many_rounds_close(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk takes no delta, the next fragment is not stepped: its delta would wait in memory as well."""
+    (site,) = await fleet.trains("eu")
+    coordinator, real, tries = fleet.coordinator, fleet.coordinator.store.blobs.put, []
+    stepped, refused_again, room = [], asyncio.Event(), asyncio.Event()
+    execute, loop = coordinator._execute, asyncio.get_running_loop()
+
+    def watched(fragment: int, version: int) -> Any:
+        stepped.append(fragment)
+        return execute(fragment, version)
+
+    def full(*pieces: Buffer, **_: Any) -> str:
+        tries.append(len(pieces))
+        if room.is_set():
+            return str(real(*pieces))
+        if len(coordinator._merges) == 2:  # both rounds have closed, and this is tried again
+            loop.call_soon_threadsafe(refused_again.set)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(coordinator, "_execute", watched)
+    monkeypatch.setattr(coordinator.store.blobs, "put", full)
+    await site.contribute(0, 0)
+    await site.contribute(1, 0)
+    await refused_again.wait()
+    assert stepped == [0]
+    room.set()
+    for fragment in (0, 1):
+        await site.published(fragment, 1)
+    assert stepped == [0, 1]
 
 
 # ---- what a restart, a second agent or a hostile site may do

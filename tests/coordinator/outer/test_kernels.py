@@ -79,7 +79,8 @@ def check(optimizer: Optimizer, codec: str, size: int, seed: int, lr: float, mu:
     wanted = DENSE[codec].encode(change)
     after = published + DENSE[codec].decode(wanted, size)
     before = delta.copy()
-    raw, squares = update_of(rule, 0, 1)[0](NOTHING, delta, master, slots, published, DENSE[codec])
+    raw = np.empty_like(wanted)
+    squares = update_of(rule, 0, 1)[0](NOTHING, delta, master, slots, published, DENSE[codec], raw)
     assert same_bits(master, theta)
     assert all(same_bits(got, slot) for got, slot in zip(slots, moved, strict=True))
     assert raw.tobytes() == wanted.tobytes()
@@ -123,4 +124,12 @@ def test_a_step_to_what_is_not_finite_is_refused(codec: str, at: int) -> None:
     delta[at] = np.nan
     update, _ = update_of(OuterRule("nesterov", 0.7, 0.9, codec, 0), 0, 1)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        update(NOTHING, delta, master, [momentum], published, DENSE[codec])
+        update(
+            NOTHING,
+            delta,
+            master,
+            [momentum],
+            published,
+            DENSE[codec],
+            np.empty(DENSE[codec].size(delta.size), np.uint8),
+        )

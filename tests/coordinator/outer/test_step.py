@@ -154,7 +154,7 @@ def test_a_site_that_applies_the_delta_holds_the_published_weights_bit_for_bit(
     anchor = state.published.copy()
     for version in range(1, 4):
         stepped = step(state, [sent(values(version))], rule, pool)
-        with open_container(stepped.delta, SMALL) as delta:
+        with open_container(b"".join(stepped.delta), SMALL) as delta:
             header = delta.header
             delta.add_to(anchor)
         assert anchor.tobytes() == state.published.tobytes()

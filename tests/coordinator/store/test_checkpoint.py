@@ -18,6 +18,7 @@ from coordinator.store.journal import Journal
 from coordinator.store.recovery import recover
 from shared.errors import CorruptError
 from shared.fragments import Fragment, Layout, TensorSpec
+from tests.support.peak import peak_of
 
 FRAGMENT = Fragment(0, (TensorSpec("a", (5, 4)), TensorSpec("b", (13,))))
 OTHER = Fragment(1, (TensorSpec("c", (33,)),))
@@ -93,12 +94,33 @@ def test_a_save_that_fails_leaves_the_checkpoints_that_were_there(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.store.checkpoint.save_file", full)
+        patch.setattr("coordinator.store.checkpoint.write_tensors", full)
         with pytest.raises(OSError, match="No space"):
             checkpoints.save(state_at(32))
     (entry,) = checkpoints.entries(0)
     assert_same(checkpoints.load(entry, FRAGMENT), state_at(16))
     assert len(list(checkpoints.directory.iterdir())) == 2
+
+
+def test_neither_saving_nor_loading_takes_a_copy_of_the_fragment(checkpoints: Checkpoints) -> None:
+    large = Fragment(0, (TensorSpec("a", (1 << 21,)),))
+    state, vector = state_at(16, large), 4 * large.size
+    with peak_of() as peak:
+        checkpoints.save(state)
+    assert peak.bytes < vector / 8
+    with peak_of() as peak:
+        loaded = checkpoints.load(checkpoints.entries(0)[0], large)
+    assert peak.bytes < 3 * vector + vector / 8, "Θ, Θ̂ and the momentum, which are what was asked for"
+    assert_same(loaded, state)
+
+
+def test_a_checkpoint_with_other_vectors_than_a_state_has_is_refused(checkpoints: Checkpoints) -> None:
+    """Their names become those of files."""
+    state = state_at(16)
+    state.slots["../../elsewhere"] = state.slots["momentum"]
+    checkpoints.save(state)
+    with pytest.raises(CorruptError, match="which is not what a state has"):
+        checkpoints.load(checkpoints.entries(0)[0], FRAGMENT)
 
 
 def test_a_flipped_bit_in_any_tensor_is_found_and_the_file_is_named(checkpoints: Checkpoints) -> None:
@@ -224,5 +246,5 @@ def test_recovery_takes_the_checkpoint_before_a_broken_one_and_ends_in_the_same_
     first = checkpoints.directory / "p0000-v000000000.safetensors"
     first.write_bytes(b"")
     with pytest.raises(CorruptError, match=first.name):
-        recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", (), pool, lambda *_: None)
+        list(recover(Layout((FRAGMENT,)), journal, Blobs(tmp_path), checkpoints, "run-1", (), pool, lambda *_: None))
     journal.close()

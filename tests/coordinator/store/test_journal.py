@@ -43,7 +43,7 @@ def accept(journal: Journal, *sent: Contribution) -> None:
 
 
 def stepped(version: int) -> Stepped:
-    return Stepped(version, b"delta", Digests(f"p{version}", f"m{version}", f"o{version}"), 10, 1.0, 0.5)
+    return Stepped(version, (b"delta",), 5, Digests(f"p{version}", f"m{version}", f"o{version}"), 10, 1.0, 0.5)
 
 
 def merge(journal: Journal, version: int, *sent: Contribution) -> None:

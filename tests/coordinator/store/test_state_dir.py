@@ -15,6 +15,7 @@ from coordinator.store.state_dir import Initial, StateDir
 from shared.config import RunConfig, parse
 from shared.errors import ConfigError, CorruptError, IsthmusError
 from shared.fragments import Layout
+from tests.support.peak import peak_of
 
 LAYOUT = Layout.from_wire([[("a", [3])], [("b", [2, 2])]])
 
@@ -31,7 +32,7 @@ def config(**tables: dict[str, Any]) -> RunConfig:
 
 
 def initial() -> Initial:
-    return Initial(LAYOUT, [np.ones(3, np.float32), np.full(4, 2.0, np.float32)], ["b"], 64)
+    return Initial(LAYOUT, lambda fragment: np.full(fragment.size, 1.0 + fragment.index, np.float32), ["b"], 64)
 
 
 def adopted(path: Path, run: RunConfig) -> str:
@@ -67,6 +68,30 @@ def test_the_spool_is_emptied_at_start(tmp_path: Path) -> None:
     (tmp_path / "uploads" / "half").write_bytes(b"half")
     store = StateDir.hold(tmp_path)
     assert list(store.uploads.iterdir()) == []
+    store.close()
+
+
+def test_what_a_crash_left_is_removed_at_start(tmp_path: Path) -> None:
+    """Scratch files of fragments at rest, and checkpoints that had no name yet: both may be large."""
+    adopted(tmp_path, config())
+    (tmp_path / "states").mkdir()
+    left = [tmp_path / "states" / "p0000.accumulated", tmp_path / "checkpoints" / ".0f"]
+    for path in left:
+        path.write_bytes(b"half")
+    StateDir(tmp_path, read_only=True).close()
+    assert all(path.exists() for path in left), "not by a reader: a coordinator may be alive"
+    StateDir.hold(tmp_path).close()
+    assert not any(path.exists() for path in left)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_a_new_run_holds_one_fragment_besides_its_model(tmp_path: Path) -> None:
+    layout = Layout.from_wire([[(f"{p}.a", [1 << 20])] for p in range(5)])
+    ones = Initial(layout, lambda fragment: np.ones(fragment.size, np.float32), [])
+    store = StateDir.hold(tmp_path)
+    with peak_of() as peak:
+        store.adopt_run(config(rounds={"fragments": 5}), tmp_path, lambda: ones)
+    assert peak.bytes < 1.25 * 4 * layout.fragments[0].size
     store.close()
 
 

@@ -1,0 +1,110 @@
+"""Version 0 of a run: the task's weights or those of files, made one fragment at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coordinator.initial import initial_weights
+from coordinator.service import Coordinator
+from shared.config import RunConfig, parse
+from shared.errors import ConfigError
+from shared.fragments import F32
+
+TASK = """
+import torch
+from torch import nn
+
+
+class Two:
+    def __init__(self, options):
+        self.value = options.get("value", 1.0)
+
+    def build_model(self):
+        model = nn.Module()
+        model.table = nn.Embedding(5, 4)
+        model.head = nn.Parameter(torch.full((3,), self.value))
+        return model
+
+    def train_batches(self, shard, batch_size):
+        raise NotImplementedError
+
+    def loss(self, model, batch):
+        raise NotImplementedError
+"""
+TABLE, HEAD = torch.arange(20.0).reshape(5, 4), torch.tensor([1.5, -2.0, 0.25])
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "two.py").write_text(TASK)
+    return tmp_path
+
+
+def config(init: str = "", **task: Any) -> RunConfig:
+    tables = {
+        "run": {"name": "initial", "tokens": 10, "init": init},
+        "task": {"use": "two.py:Two", **task},
+        "rounds": {"fragments": 2},
+    }
+    return parse(RunConfig, tables, "run.toml")
+
+
+def named(config: RunConfig, base: Path) -> dict[str, F32]:
+    initial = initial_weights(config, base)
+    arrays: dict[str, F32] = {}
+    for fragment in initial.layout.fragments:
+        arrays |= fragment.unflatten(initial.weights(fragment))
+    assert initial.embeddings == ["table.weight"]
+    return arrays
+
+
+def test_without_files_they_are_the_models_under_the_seed(here: Path) -> None:
+    first, again = named(config(), here), named(config(), here)
+    assert first["table.weight"].tobytes() == again["table.weight"].tobytes()
+    assert first["head"].tolist() == [1.0] * 3
+
+
+def write(path: Path, dtype: torch.dtype = torch.float32, **tensors: Tensor) -> None:
+    save_file({name.replace("_", "."): tensor.to(dtype) for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_come_from_a_file_whatever_precision_it_has(here: Path, dtype: torch.dtype) -> None:
+    write(here / "w.safetensors", dtype, table_weight=TABLE, head=HEAD, something=torch.ones(2))
+    found = named(config("w.safetensors"), here)
+    assert found.keys() == {"table.weight", "head"}
+    assert found["table.weight"].dtype == np.float32
+    assert found["table.weight"].tolist() == TABLE.tolist()
+    assert found["head"].tolist() == HEAD.tolist()
+
+
+def test_they_come_from_several_files(here: Path) -> None:
+    (here / "w").mkdir()
+    write(here / "w" / "1.safetensors", table_weight=TABLE)
+    write(here / "w" / "2.safetensors", head=HEAD)
+    assert named(config("w"), here)["head"].tolist() == HEAD.tolist()
+
+
+def test_a_tensor_that_lacks_or_has_another_shape_is_named(here: Path) -> None:
+    write(here / "w.safetensors", table_weight=TABLE)
+    with pytest.raises(ConfigError, match=r"w.safetensors does not fit the task: .*tensor head"):
+        named(config("w.safetensors"), here)
+    write(here / "w.safetensors", table_weight=TABLE, head=HEAD[:2])
+    with pytest.raises(ConfigError, match="tensor head is"):
+        named(config("w.safetensors"), here)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing(here: Path, value: float) -> None:
+    """Found when the fragments before it are on disk already."""
+    with pytest.raises(ConfigError, match="initial tensor head holds NaN or infinity"):
+        asyncio.run(Coordinator.open(config(value=value), here / "state", here))
+    assert not (here / "state").exists()
