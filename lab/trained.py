@@ -61,7 +61,8 @@ class TrainedRun(VirtualRun):
 
     def __init__(self, config: RunConfig, base: Path, sites: Sequence[VirtualSite], evaluations: int = 20) -> None:
         initial = initial_weights(config, base)
-        super().__init__(RunCore(plan_of(config, initial.sequence_tokens)), list(sites), Settings.of(config))
+        plan = plan_of(config, config.rounds.fragments, initial.sequence_tokens)
+        super().__init__(RunCore(plan), list(sites), Settings.of(config))
         self.config = config
         self.curve: list[Point] = []
         self.bytes_up = self.bytes_down = 0
