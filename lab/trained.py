@@ -26,7 +26,7 @@ from shared.config import RunConfig
 from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
 from shared.wire import open_container
-from site_agent.contribution import Anchor, Parcel, encode
+from site_agent.contribution import Address, Anchor, Parcel, encode
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Settings, Snapshot
 from site_agent.training.schedules import lr_factor
@@ -118,7 +118,7 @@ class TrainedRun(VirtualRun):
         body, p = self._bodies[site.name], action.fragment
         snapshot = body.snapshots[p] = body.trainer.read(p)
         parcel = Parcel(p, body.anchors[p], snapshot, body.residuals.get(p), action.tokens, action.steps)
-        encoded, left = encode(parcel, self._layout.fragments[p], self.config.wire, RUN, site.name)
+        encoded, left = encode(parcel, Address(RUN, self._layout.fragments[p]), self.config.wire, site.name)
         self.bytes_up += len(encoded)
         return encoded, left
 

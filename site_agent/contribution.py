@@ -27,6 +27,15 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Address:
+    """What containers name a fragment of the run by: the run of its coordinator, and the fragment as that one numbers
+    it."""
+
+    run: str
+    fragment: Fragment
+
+
+@dataclass(frozen=True)
 class Parcel:
     """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None).
 
@@ -45,15 +54,15 @@ class Parcel:
     progress: tuple[tuple[int, int, int], ...] = ()
 
 
-def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: str) -> tuple[bytes, F32 | None]:
+def encode(parcel: Parcel, to: Address, wire: WireTable, site: str) -> tuple[bytes, F32 | None]:
     """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
     lost of it, fp32 (fragment.size,), or None where the run keeps none. Raises DivergedError where Δ is not finite."""
-    delta = _delta(parcel, wire)
+    delta, fragment = _delta(parcel, wire), to.fragment
     header = Header(
         kind="contribution",
-        run=run,
+        run=to.run,
         site=site,
-        fragment=parcel.fragment,
+        fragment=fragment.index,
         base_version=parcel.anchor.version,
         version=parcel.anchor.version,
         digest=parcel.anchor.digest,
