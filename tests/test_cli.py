@@ -352,6 +352,25 @@ def test_an_export_of_a_run_works_and_one_that_cannot_be_written_is_told(here: P
     assert contents(served) == before
 
 
+def test_a_sharded_model_is_exported_from_all_its_directories_or_not_at_all(here: Path) -> None:
+    (here / "task.py").write_text(
+        TASK.replace("        return model", "        model.v = nn.Parameter(torch.ones(2))\n        return model")
+    )
+    (here / "run.toml").write_text(sharded())
+
+    async def open_and_stop(shard: int) -> None:
+        config = load_run(here / "run.toml")
+        await (await Coordinator.open(config, here / str(shard), here, shard=shard)).stop()
+
+    for shard in (0, 1):
+        asyncio.run(open_and_stop(shard))
+    ended = isthmus("coordinator", "export", here / "1", here / "w.safetensors", "--with", here / "0")
+    assert (ended.code, "versions [0, 0]" in ended.out) == (0, True)
+    for command in (["coordinator", "export", here / "1", here / "x"], ["sample", here / "1", "--prompt", "x"]):
+        assert_one_sentence(isthmus(*command), 2, "name with --with the state directory of coordinator 0")
+    assert not (here / "x").exists()
+
+
 def test_an_export_of_a_directory_without_a_run_is_told(here: Path) -> None:
     isthmus("coordinator", "token", "add", "eu", "--state", here / "state")
     ended = isthmus("coordinator", "export", here / "state", here / "out.safetensors")
