@@ -37,13 +37,15 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its key file.")] = None,
     client_ca: Annotated[Path | None, typer.Option(help="Only let in clients with a certificate of this CA.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No tokens; loopback only.")] = False,
+    shard: Annotated[int | None, typer.Option(help="Which of [run] coordinators this one is, from 0.")] = None,
 ) -> None:
     """Coordinate a run until stopped."""
     from coordinator.daemon import Listen, serve
 
     set_up_logging()
     config = load_run(run)
-    asyncio.run(serve(config, state, run.resolve().parent, Listen(host, port, tls_cert, tls_key, client_ca, insecure)))
+    listen = Listen(host, port, tls_cert, tls_key, client_ca, insecure)
+    asyncio.run(serve(config, state, run.resolve().parent, listen, shard))
 
 
 @app.command()
@@ -69,11 +71,14 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A file; with --format hf a directory.")],
     form: Annotated[Literal["safetensors", "hf"], typer.Option("--format", help="What to write.")] = "safetensors",
     published: Annotated[bool, typer.Option("--published", help="What the sites hold, not the masters.")] = False,
+    others: Annotated[
+        list[Path] | None, typer.Option("--with", help="The state directory of another coordinator of the run.")
+    ] = None,
 ) -> None:
     """Write the weights to files that other programs load."""
     from coordinator.export import export as export_weights
 
-    print(export_weights(state_dir, out, form, published=published))
+    print(export_weights([state_dir, *(others or [])], out, form, published=published))
 
 
 @app.command()
@@ -111,16 +116,25 @@ def restore(
 
 @token_app.command()
 @command
-def add(site: Annotated[str, typer.Argument(metavar="SITE")], state: StateOption) -> None:
+def add(
+    site: Annotated[str, typer.Argument(metavar="SITE")],
+    state: StateOption,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Take over the token in this file, which another coordinator made.")
+    ] = None,
+) -> None:
     """Print a new token for SITE, once; an older one of that site stops working."""
     from coordinator.store.state_dir import StateDir
-    from coordinator.tokens import add_token
+    from coordinator.tokens import add_token, read_token
 
+    known = read_token(token_file) if token_file is not None else None
     store = StateDir(state)
     try:
-        print(add_token(store.journal, site))
+        token = add_token(store.journal, site, known)
     finally:
         store.close()
+    if known is None:
+        print(token)
 
 
 @token_app.command("list")

@@ -21,6 +21,7 @@ from coordinator.lag import watch_lag
 from coordinator.service import Coordinator
 from shared.config import RunConfig
 from shared.errors import ConfigError
+from shared.sharding import slice_of
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,11 @@ class Listen:
         return context
 
 
-async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> None:
-    """Serves until SIGTERM or SIGINT. Raises ConfigError, CorruptError, OSError, and what `failure` holds."""
+async def serve(config: RunConfig, state: Path, base: Path, listen: Listen, shard: int | None = None) -> None:
+    """Serves until SIGTERM or SIGINT; see `Coordinator.open`. Raises ConfigError, CorruptError, OSError, and what
+    `failure` holds."""
     listen.check()
+    slice_of(config.run.coordinators, shard)
     tls = listen.ssl_context()
     _allow_many_files()
     # Before anything is made or read: a port that cannot be had must leave no run behind.
@@ -80,7 +83,7 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen) -> N
     # for SIGINT would wait for the thread that recovers.)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        coordinator = await Coordinator.open(config, state, base)
+        coordinator = await Coordinator.open(config, state, base, shard=shard)
     except BaseException:
         for socket_ in sockets:
             socket_.close()

@@ -58,6 +58,7 @@ from shared.protocol import (
     Preview,
     ShardMessage,
 )
+from shared.sharding import Slice, slice_of
 from shared.wire import container_bound, unpacked
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ INVITATIONS = 4
 """Sessions that a site may have been given and not begun; more than one where an answer was lost."""
 
 
-def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
-    """What decisions depend on: a part of the run config, and the most tokens that a sequence can count."""
+def plan_of(config: RunConfig, fragments: int, sequence_tokens: int | None) -> Plan:
+    """What decisions depend on: a part of the run config, how many fragments are decided on here, and the most tokens
+    that a sequence can count."""
     rounds = config.rounds
     return Plan(
         policy=Policy(
@@ -80,7 +82,7 @@ def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
             weight_cap=rounds.weight_cap or None,
             staleness_decay=rounds.staleness_decay,
         ),
-        fragments=rounds.fragments,
+        fragments=fragments,
         tokens=config.run.tokens,
         steps=config.inner.steps,
         equal_time=rounds.pacing != "equal-steps",
@@ -88,6 +90,7 @@ def plan_of(config: RunConfig, sequence_tokens: int | None) -> Plan:
         batch_size=config.inner.batch_size,
         follow=rounds.pacing == "follow",
         sequence_tokens=sequence_tokens,
+        alone=len(config.run.coordinators) <= 1,
     )
 
 
@@ -128,11 +131,11 @@ class Coordinator:
         mirror: Place | None = None,
     ) -> None:
         self.config, self.store = config, store
-        self.run_id, self.layout = store.run_id, store.layout
+        self.run_id, self.layout, self.slice = store.run_id, store.layout, store.slice
         self._told_config = config.model_dump(mode="json", exclude={"store"})
         """Sites have no use for the coordinator's storage, and its mirror's URL may hold a secret."""
         self.metrics, self.workers = workers.metrics, workers
-        self.core = RunCore(plan_of(config, store.sequence_tokens))
+        self.core = RunCore(plan_of(config, len(store.layout.fragments), store.sequence_tokens))
         self.clock, self._wall = machine.clock, machine.wall
         self.reader = store.journal.reader()
         self.evaluations = self.reader.evaluations()
@@ -185,16 +188,20 @@ class Coordinator:
     # -- life
 
     @classmethod
-    async def open(cls, config: RunConfig, path: Path, base: Path, machine: Machine = MACHINE) -> Coordinator:
+    async def open(
+        cls, config: RunConfig, path: Path, base: Path, machine: Machine = MACHINE, shard: int | None = None
+    ) -> Coordinator:
         """Holds the state directory; starts the run, or recovers it. Relative files in the config count from `base`.
+        `shard`: which of the run's coordinators this is; None where it has but one.
 
         Raises ConfigError, CorruptError, OSError.
         """
+        own = slice_of(config.run.coordinators, shard)
         mirror = Place(config.store.mirror) if config.store.mirror else None  # refused before anything is made
         store = StateDir.hold(path, machine.disk)
         workers = Workers(Metrics(), machine)
         try:
-            states = await asyncio.to_thread(_open_states, config, store, workers, machine, base)
+            states = await asyncio.to_thread(_open_states, config, store, workers, machine, base, own)
             coordinator = cls(config, store, states, workers, machine, mirror)
         except BaseException:
             workers.shutdown()
@@ -266,6 +273,7 @@ class Coordinator:
             ],
             lease_seconds=self.core.members.lease_seconds,
             orders=self._orders(site),
+            shard=self.slice.index,
         )
 
     def preview(self) -> Preview:
@@ -276,6 +284,7 @@ class Coordinator:
             layout=self.layout.to_wire(),
             versions=[newest.version for newest in self.publication.newest],
             sites=len(self.core.roster),
+            shard=self.slice.index,
         )
 
     async def heartbeat(self, site: str, message: Heartbeat) -> Orders:
@@ -557,7 +566,7 @@ class Coordinator:
 
 
 def _open_states(
-    config: RunConfig, store: StateDir, workers: Workers, machine: Machine, base: Path
+    config: RunConfig, store: StateDir, workers: Workers, machine: Machine, base: Path, own: Slice
 ) -> list[OuterState]:
     """The fragments' states: of a new run, or recovered."""
 
@@ -567,7 +576,7 @@ def _open_states(
 
         return initial_weights(config, base)
 
-    new = store.adopt_run(config, base, initial)
+    new = store.adopt_run(config, base, initial, own)
     warm_up()
 
     def publish(round_: StoredRound, stepped: Stepped) -> None:

@@ -55,11 +55,14 @@ def sample(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="How many tokens to add.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    others: Annotated[
+        list[Path] | None, typer.Option("--with", help="The state directory of another coordinator of the run.")
+    ] = None,
 ) -> None:
     """Continue a text with the weights of a run."""
     from lab.sample import sample as sample_text
 
-    print(sample_text(state_dir, prompt, tokens, seed))
+    print(sample_text([state_dir, *(others or [])], prompt, tokens, seed))
 
 
 @command

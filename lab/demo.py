@@ -205,7 +205,7 @@ async def _train(console: Console, fleet: Fleet, config: RunConfig, throttles: l
     )
     console.print("evaluating…")
     weights = fleet.directory / "weights.safetensors"
-    await asyncio.to_thread(export, state, weights, "safetensors", published=False)
+    await asyncio.to_thread(export, [state], weights, "safetensors", published=False)
     task, model = load_exported(weights, config, fleet.directory)
     loss = held_out_loss(task, model, config.inner.batch_size)
     return Trained(

@@ -43,7 +43,7 @@ def anchors_identical(coordinator: Path, sites: list[Path]) -> bool:
     store = StateDir(coordinator, read_only=True)
     try:
         held = [checkpoint.load_newest(site, store.run_id, store.run_id) for site in sites]
-        with stored_run(coordinator) as stored:
+        with stored_run([coordinator]) as stored:
             return all(
                 saved is not None and _is_published(store, p, state, saved)
                 for p, state in enumerate(stored.states)

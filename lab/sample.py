@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from shared.task import build_model, load_task
 from site_agent.training.trainer import evaluate, load_flat
 
 
-def load_model(state_dir: Path, *, published: bool = False) -> tuple[RunConfig, Any, nn.Module]:
-    """(config, task, model) with the masters of a state directory, or with `published` what the sites hold."""
-    with stored_run(state_dir) as stored:
+def load_model(state_dirs: Sequence[Path], *, published: bool = False) -> tuple[RunConfig, Any, nn.Module]:
+    """(config, task, model) with the masters of a run, whose coordinators' state directories are given, or with
+    `published` what the sites hold."""
+    with stored_run(state_dirs) as stored:
         config = stored.config
         task = load_task(config.task.use, config.task.options(), stored.base)
         model = build_model(task, config.run.seed)
@@ -40,9 +42,9 @@ def load_exported(file: Path, config: RunConfig, base: Path) -> tuple[Any, nn.Mo
     return task, model
 
 
-def sample(state_dir: Path, prompt: str, tokens: int, seed: int) -> str:
+def sample(state_dirs: Sequence[Path], prompt: str, tokens: int, seed: int) -> str:
     """`prompt` continued. Raises ConfigError, CorruptError."""
-    _, task, model = load_model(state_dir)
+    _, task, model = load_model(state_dirs)
     text: str = task.generate(model, prompt, tokens, seed)
     return text
 

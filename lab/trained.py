@@ -28,7 +28,7 @@ from shared.config import RunConfig
 from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
 from shared.wire import open_container
-from site_agent.contribution import Anchor, Parcel, encode
+from site_agent.contribution import Address, Anchor, Parcel, encode
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Settings, Snapshot
 from site_agent.training.schedules import lr_factor
@@ -63,7 +63,8 @@ class TrainedRun(VirtualRun):
 
     def __init__(self, config: RunConfig, base: Path, sites: Sequence[VirtualSite], evaluations: int = 20) -> None:
         initial = initial_weights(config, base)
-        super().__init__(RunCore(plan_of(config, initial.sequence_tokens)), list(sites), Settings.of(config))
+        plan = plan_of(config, config.rounds.fragments, initial.sequence_tokens)
+        super().__init__(RunCore(plan), list(sites), Settings.of(config))
         self.config = config
         self.curve: list[Point] = []
         self.bytes_up = self.bytes_down = 0
@@ -119,7 +120,7 @@ class TrainedRun(VirtualRun):
         body, p = self._bodies[site.name], action.fragment
         snapshot = body.snapshots[p] = body.trainer.read(p)
         parcel = Parcel(p, body.anchors[p], snapshot, body.residuals.get(p), action.tokens, action.steps)
-        encoded, left = encode(parcel, self._layout.fragments[p], self.config.wire, RUN, site.name)
+        encoded, left = encode(parcel, Address(RUN, self._layout.fragments[p]), self.config.wire, site.name)
         self.bytes_up += len(encoded)
         return encoded, left
 

@@ -5,11 +5,11 @@ once. A site's own file says only who it is, where the coordinator is and what i
 data. Unknown keys are refused (a misspelt key that is silently ignored costs a month of training).
 
 Keys beyond those of the design's section 4: `[run] min_sites` (a run of several sites must not begin
-with whoever came first, or its result depends on luck), `[store]` (how much history the coordinator
-keeps), `[devices] threads` and `throttle`, `[site] patience_seconds`, `checkpoint_seconds` and `evaluate`, and the
-keys of decoupled training (`[outer] partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`,
-`staleness_decay`; `[wire] topk`, `feedback_decay`, `upload_step`, `publish_step`). Their
-reasons stand in docs/configuration.md.
+with whoever came first, or its result depends on luck) and `coordinators` (models past one machine),
+`[store]` (how much history the coordinator keeps), `[devices] threads` and `throttle`, `[site]
+patience_seconds`, `checkpoint_seconds` and `evaluate`, and the keys of decoupled training (`[outer]
+partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`, `staleness_decay`; `[wire] topk`,
+`feedback_decay`, `upload_step`, `publish_step`). Their reasons stand in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -43,6 +43,7 @@ RECEIVED = "received"
 MOST = 10**6
 """No count that is not one of tokens is larger: it must fit everything that it goes through."""
 SITE_NAME = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
+URL = r"^https?://[^/\s]+/?$"
 
 
 class _Table(BaseModel):
@@ -55,6 +56,16 @@ class RunTable(_Table):
     tokens: int = Field(gt=0, le=10**15, description="the token budget, a whole number from 1")
     init: str = Field("", description="a safetensors file or a Hugging Face directory; empty: from the seed")
     min_sites: int = Field(1, ge=1, le=10_000, description="how many sites must be ready before training starts")
+    coordinators: list[Annotated[str, Field(pattern=URL)]] = Field(
+        default_factory=list, description="the URLs of all coordinators, each once, as https://host:port"
+    )
+
+    @field_validator("coordinators")
+    @classmethod
+    def _coordinators(cls, value: list[str]) -> list[str]:
+        if len({url.rstrip("/") for url in value}) < len(value):
+            raise ValueError("named twice")
+        return value
 
 
 class TaskTable(BaseModel):
@@ -156,7 +167,7 @@ class RoundsTable(_Table):
 class WireTable(_Table):
     upload: UploadCodec = "int4"
     publish: PublishCodec = "int8"
-    topk: int = Field(128, ge=1, le=1024, description="of each 4096 elements so many are sent, from 1 to 1024")
+    topk: int = Field(256, ge=1, le=1024, description="of each 4096 elements so many are sent, from 1 to 1024")
     error_feedback: bool = True
     feedback_decay: Literal["auto"] | float = Field("auto", description='β: "auto" or a number from 0 to 1')
     upload_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
@@ -262,6 +273,11 @@ class RunConfig(_Table):
         _check_outer(outer)
         _check_rounds(rounds, outer)
         _check_wire(self.wire, outer)
+        if len(self.run.coordinators) > rounds.fragments:
+            raise ValueError(
+                f"[run] coordinators has {len(self.run.coordinators)} entries, and [rounds] fragments = "
+                f"{rounds.fragments} leaves some without a fragment: raise fragments, or drop coordinators"
+            )
         if inner.warmup_tokens >= self.run.tokens:
             raise ValueError(
                 f"[inner] warmup_tokens = {inner.warmup_tokens} does not end within [run] tokens = {self.run.tokens}: "
@@ -422,7 +438,7 @@ def _check_outer(outer: OuterTable) -> None:
 
 class SiteTable(_Table):
     name: str = Field(pattern=SITE_NAME, description="letters a-z, digits, '.', '_' and '-', at most 64")
-    coordinator: str = Field(pattern=r"^https?://[^/\s]+/?$", description="the coordinator's URL, https://host:port")
+    coordinator: str = Field(pattern=URL, description="the coordinator's URL, https://host:port")
     token_file: str = Field("", description="the file that holds this site's token")
     state: str = Field("state", min_length=1, description="a directory for local checkpoints")
     ca: str = Field("", description="a CA bundle file")

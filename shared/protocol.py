@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.config import SITE_NAME
 from shared.errors import FormatError
 
-PROTOCOL = 4
+PROTOCOL = 5
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
@@ -155,8 +155,8 @@ class Orders(Message):
     """What the coordinator wants of a site from now on; part of every answer on the control connection.
 
     `peers`: inner steps of the run for each one of this site. `pace` or `peers` None: as it was. `awaited`: rounds that
-    wait for this site while it may be waiting itself; `closing`: rounds that have their quorum without it and close
-    soon.
+    wait for this site while it may be waiting itself (of one of several coordinators: all open rounds without it, for
+    none of them knows what it waits for); `closing`: rounds that have their quorum without it and close soon.
     """
 
     started: bool
@@ -172,7 +172,8 @@ class Orders(Message):
 
 
 class Joined(Message):
-    """`lineage`: the name that the run began with; it differs from `run` after a restore from a mirror."""
+    """`lineage`: the name that the run began with; it differs from `run` after a restore from a mirror. `shard`: which
+    of the run's coordinators this one is (0 where it is alone); layout and fragments are those that it owns."""
 
     run: RunId
     lineage: RunId
@@ -182,6 +183,7 @@ class Joined(Message):
     fragments: list[FragmentVersion]
     lease_seconds: Seconds
     orders: Orders
+    shard: Count
 
 
 class Preview(Message):
@@ -192,6 +194,7 @@ class Preview(Message):
     layout: list[list[tuple[str, list[Count]]]]
     versions: list[Count]
     sites: Count
+    shard: Count
 
 
 class Evaluation(Message):

@@ -27,12 +27,14 @@ from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
 from shared.task import Shard, build_model, load_task, manifest_of
+from site_agent.branch import LEAVE_SECONDS
 from site_agent.checkpoint import oldest_lease
-from site_agent.courier import LEAVE_SECONDS, CourierThread, Event, Stop
+from site_agent.courier import CourierThread
 from site_agent.evaluation import Evaluator
 from site_agent.learner import Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
 from site_agent.metrics import Metrics
+from site_agent.news import Event, Stop
 from site_agent.training.devices import choose_device, describe, set_threads
 from site_agent.training.leased import LeasedStream
 from site_agent.training.trainer import Trainer
@@ -87,9 +89,12 @@ class Agent:
         self.config, self.lineage = config, lineage
         self.joined = False
         self.metrics = Metrics()
-        transport = Http(config.site.coordinator, credentials_of(config), self._count)
-        link = Link(transport, config.site.name, config.site.outage_seconds)
-        self.courier = CourierThread(link, config.site.name, self.metrics)
+        site, who = config.site, credentials_of(config)
+
+        def connect(url: str) -> Link:
+            return Link(Http(url, who, self._count), site.name, site.outage_seconds)
+
+        self.courier = CourierThread(connect, site.coordinator, site.name, self.metrics)
         self.courier.evaluates = config.site.evaluate
         # One each: a long evaluation must not keep a checkpoint waiting.
         self._saver, self._evaluations = ThreadPoolExecutor(1, "checkpoints"), ThreadPoolExecutor(1, "evaluation")

@@ -1,6 +1,6 @@
 """`isthmus site check`: what would happen if this site joined now, measured, without taking part.
 
-It asks the coordinator for the run without joining it, so that a check never disturbs a run or an agent of the
+It asks the coordinators for the run without joining it, so that a check never disturbs a run or an agent of the
 same name that is training.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from shared.config import SiteConfig, received_run
+from shared.errors import RefusedError
 from shared.fragments import Layout
 from shared.protocol import Preview
+from shared.sharding import interleave
 from shared.task import Shard, build_model
 from shared.wire import container_bound
 from site_agent.agent import CALIBRATION_SECONDS, CALIBRATION_STEPS, credentials_of, task_of
+from site_agent.branch import check_config, check_place
 from site_agent.link import Link
 from site_agent.training.devices import choose_device, describe, set_threads
 from site_agent.training.trainer import Trainer
@@ -36,10 +40,13 @@ def check(config: SiteConfig) -> None:
     set_threads(config.devices.threads)
     device = choose_device(config.devices.device)
     say("device", f"{device} ({describe(device)})")
-    preview, trip, rate = asyncio.run(_ask(config))
-    say("coordinator", f"{config.site.coordinator}, round trip {trip * 1e3:.1f} ms, download {rate / 1e6:.1f} MB/s")
-    say("token", f"good for site {config.site.name} in run {preview.run}")
-    run, layout = received_run(preview.config), Layout.from_wire(preview.layout)
+    asked = asyncio.run(_ask_all(config))
+    for each in asked:
+        trip, rate = f"round trip {each.trip * 1e3:.1f} ms", f"download {each.rate / 1e6:.1f} MB/s"
+        say("coordinator", f"{each.url}, {trip}, {rate}")
+        say("token", f"good for site {config.site.name} in run {each.preview.run}")
+    preview = asked[0].preview
+    run, layout = received_run(preview.config), Layout.from_wire(interleave([each.preview.layout for each in asked]))
     task = task_of(config, run)
     trainer = Trainer(task, build_model(task, run.run.seed), layout, run.inner, device, config.devices.throttle)
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
@@ -51,10 +58,32 @@ def check(config: SiteConfig) -> None:
     say("upload", f"at most {up / 1e6:.2f} MB each {run.inner.steps} steps ({cycle:.1f} s at full pace)")
 
 
-async def _ask(config: SiteConfig) -> tuple[Preview, float, float]:
-    """The run as the coordinator would give it to this site, the median round trip in seconds, and bytes/s down."""
-    async with Link(Http(config.site.coordinator, credentials_of(config)), config.site.name, patience=0.0) as link:
+@dataclass(frozen=True)
+class _Asked:
+    """A coordinator, the run as it would give it to this site, the median round trip in seconds, and bytes/s down."""
+
+    url: str
+    preview: Preview
+    trip: float
+    rate: float
+
+
+async def _ask_all(config: SiteConfig) -> list[_Asked]:
+    """All coordinators of the run, the first one first."""
+    asked = [await _ask(config, config.site.coordinator, 0)]
+    for shard, url in enumerate(received_run(asked[0].preview.config).run.coordinators[1:], start=1):
+        try:
+            asked.append(await _ask(config, url, shard))
+        except RefusedError as error:
+            raise RefusedError(error.code, f"{url}: {error.detail}") from None
+        check_config(url, asked[-1].preview.config, asked[0].preview.config)
+    return asked
+
+
+async def _ask(config: SiteConfig, url: str, shard: int) -> _Asked:
+    async with Link(Http(url, credentials_of(config)), config.site.name, patience=0.0) as link:
         preview = await link.preview()
+        check_place(url, preview.shard, shard)
         trips = []
         for _ in range(PINGS):
             began = time.perf_counter()
@@ -62,4 +91,4 @@ async def _ask(config: SiteConfig) -> tuple[Preview, float, float]:
             trips.append(time.perf_counter() - began)
         began = time.perf_counter()
         data = await link.snapshot(0, preview.versions[0])
-        return preview, statistics.median(trips), len(data) / (time.perf_counter() - began)
+        return _Asked(url, preview, statistics.median(trips), len(data) / (time.perf_counter() - began))

@@ -29,6 +29,15 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Address:
+    """What containers name a fragment of the run by: the run of its coordinator, and the fragment as that one numbers
+    it."""
+
+    run: str
+    fragment: Fragment
+
+
+@dataclass(frozen=True)
 class Parcel:
     """A contribution to send: the anchor it starts from, the snapshot θ_s, and the error feedback so far (or None).
 
@@ -49,9 +58,8 @@ class Parcel:
 
 def encode(
     parcel: Parcel,
-    fragment: Fragment,
+    to: Address,
     wire: WireTable,
-    run: str,
     site: str,
     compression: Compression | None = None,
     link: float | None = None,
@@ -59,7 +67,7 @@ def encode(
     """The container of Δ = Θ̂ − θ_s plus the error feedback so far, and the feedback once it is accepted: what the codec
     lost of it, fp32 (fragment.size,), or None where the run keeps none. `compression` decides for a link of so many
     bytes per second. Raises DivergedError where Δ is not finite."""
-    delta = _delta(parcel, wire)
+    delta, fragment = _delta(parcel, wire), to.fragment
     left = np.empty_like(delta) if wire.error_feedback else None
     try:
         sections = encode_sections(grid(wire.upload_codec, wire.upload_grid), fragment, delta, left)
@@ -70,9 +78,9 @@ def encode(
     level = (compression or Compression(wire.zstd_level)).level(sections[len(sections) // 2], link)
     header = Header(
         kind="contribution",
-        run=run,
+        run=to.run,
         site=site,
-        fragment=parcel.fragment,
+        fragment=fragment.index,
         base_version=parcel.anchor.version,
         version=parcel.anchor.version,
         digest=parcel.anchor.digest,

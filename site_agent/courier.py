@@ -1,112 +1,45 @@
 """The courier: everything that a site does with the network, beside the training.
 
 The learner hands it contributions and asks for versions; what becomes of them comes back as events that the
-learner looks at between steps. An anchor is never changed in place: the courier builds the next one in a new
-array, checks its digest, and passes it over whole. `Courier` works on whatever event loop it is called on;
-`CourierThread` gives it one of its own.
+learner looks at between steps. It deals with every coordinator of the run, and the learner knows of one run alone:
+what goes to a coordinator is named as that one names it (`Home`), what comes back as the whole run does.
+`Courier` works on whatever event loop it is called on; `CourierThread` gives it one of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import platform
 import queue
-import random
 import threading
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
-
-import numpy as np
-import torch
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from shared.compression import Compression
 from shared.config import WireTable, received_run
-from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
-from shared.fragments import F32, Fragment, Layout, digest_flat
-from shared.protocol import PART_BYTES, Code, DataReport, Evaluation, Heartbeat, Joined, OpenUpload, Orders
+from shared.errors import FaultError, IsthmusError, RefusedError
+from shared.fragments import F32
+from shared.protocol import PART_BYTES, Code, Evaluation, Joined, OpenUpload, Orders
+from shared.sharding import Slice
 from shared.task import Manifest
-from shared.wire import blob_digest, container_bound, open_container
-from site_agent.contribution import Anchor, Parcel, encode, left_of
+from shared.wire import blob_digest, open_container
+from site_agent.branch import LEAVE_SECONDS, Branch, Home
+from site_agent.contribution import Address, Anchor, Parcel, encode, left_of
 from site_agent.core.alignment import How
 from site_agent.history import History
-from site_agent.link import Link, Refusal, backoff
+from site_agent.link import Link, Refusal
 from site_agent.metrics import Metrics
+from site_agent.news import Accepted, ArrivedAnchor, Event, Failed, Ordered, Report, Touch
 from site_agent.outbox import Outbox
+from site_agent.versions import Versions
+from site_agent.whole import homes_of, whole_joined, whole_orders
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HEARTBEATS_PER_LEASE = 15
 READY_HEARTBEAT_SECONDS = 0.25
-LEAVE_SECONDS = 5.0
-SNAPSHOT_TRIES = 8
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """The coordinator has the contribution; `residual` is the error feedback from now on (None: there is none)."""
-
-    fragment: int
-    version: int
-    residual: F32 | None
-
-
-@dataclass(frozen=True)
-class ArrivedAnchor:
-    """A version is here. `jumped`: by a snapshot, and not by the deltas of those before."""
-
-    fragment: int
-    anchor: Anchor
-    how: How
-    jumped: bool = False
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """New orders came with a heartbeat."""
-
-    orders: Orders
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The courier cannot go on, and so cannot the agent."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Somebody asked this program to stop (signal number)."""
-
-    signal: int
-
-
-@dataclass(frozen=True)
-class Touch:
-    """The coordinator answers again, or not any more."""
-
-    answers: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the agent says of itself with each heartbeat; see shared.protocol.Heartbeat. `starved`: it waits for
-    data."""
-
-    state: Literal["preparing", "ready", "training"]
-    steps: int = 0
-    tokens: int = 0
-    step_seconds: float = 0.0
-    overlap_seconds: float = 0.0
-    sync_seconds: float = 0.0
-    training_share: float = 0.0
-    loss: float | None = None
-    data: DataReport | None = None
-    starved: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,42 +51,41 @@ class _Turned:
     how: How
 
 
-Event = Accepted | ArrivedAnchor | Ordered | Touch | Failed | Stop
-
-
 class Courier:
-    """Errands on one event loop. `post` takes the events; `report` is read with each heartbeat: set it whole."""
+    """Errands on one event loop. `connect` gives the link to a coordinator's URL, `url` is the first one's. `post`
+    takes the events; `report` is read with each heartbeat: set it whole."""
 
-    def __init__(self, link: Link, site: str, metrics: Metrics, post: Callable[[Event], None]) -> None:
+    def __init__(
+        self, connect: Callable[[str], Link], url: str, site: str, metrics: Metrics, post: Callable[[Event], None]
+    ) -> None:
         self.report = Report("preparing")
         self.repairs = 0
         self.evaluates = True
+        self.evaluation: Evaluation | None = None
         self.soon_seconds = READY_HEARTBEAT_SECONDS
         self.heartbeats_per_lease = HEARTBEATS_PER_LEASE
-        self._link, self._site, self._metrics, self._post = link, site, metrics, post
-        self._link.in_touch = self._touch
-        self._answers = True
-        self._delta_bytes: dict[int, int] = {}
-        self._undelivered, self._delivered, self._hurry = 0, asyncio.Event(), asyncio.Event()
-        self._evaluation: Evaluation | None = None
+        self.metrics = metrics
+        self.branches: list[Branch] = []
+        self._connect, self._url, self._site, self._post = connect, url, site, post
+        self._homes: list[Home] = []
+        self._undelivered, self._delivered = 0, asyncio.Event()
         self._jobs: set[asyncio.Task[None]] = set()
-        self._session = ""
-        self._rejoining = asyncio.Lock()
-        self._joined: Joined
-        self._layout: Layout
         self._wire: WireTable
         self._compression: Compression
         self._outbox: Outbox
-        self._history: History
-        self._keeping: dict[int, asyncio.Future[None]] = {}
-        self._follows = False
+        self._versions: Versions
 
     # -- called by the learner, who never waits for them
 
-    def begin_exchange(self, layout: Layout, wire: WireTable, outbox: Outbox, history: History) -> None:
-        """What it needs to know of the run before contributions and versions can travel."""
-        self._layout, self._wire, self._outbox, self._history = layout, wire, outbox, history
-        self._compression = Compression(wire.zstd_level)
+    @property
+    def addresses(self) -> list[Address]:
+        """How the containers of each fragment name it."""
+        return [home.address for home in self._homes]
+
+    def begin_exchange(self, wire: WireTable, outbox: Outbox, history: History) -> None:
+        """What it needs to know before contributions and versions can travel."""
+        self._wire, self._outbox, self._compression = wire, outbox, Compression(wire.zstd_level)
+        self._versions = Versions(self._homes, wire.publish, history, self.count_repair)
 
     def send(self, parcel: Parcel) -> None:
         """Encodes and uploads a contribution, and brings the version that it leads to."""
@@ -178,41 +110,53 @@ class Courier:
     def count_repair(self) -> None:
         """A version came out as other bits than it should, and was replaced."""
         self.repairs += 1
-        self._metrics.repairs.inc()
+        self.metrics.repairs.inc()
 
     def hurry(self) -> None:
-        """The next heartbeat goes now."""
-        self._hurry.set()
+        """The next heartbeat to the coordinator that leases data goes now."""
+        self.branches[0].hurry.set()
 
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Reports an evaluation with the next heartbeat."""
-        self._evaluation = evaluation
+    def evaluated(self, anchors: Sequence[Anchor], loss: float) -> None:
+        """Reports an evaluation of these versions with the next heartbeat. The first coordinator asked for it, and
+        counts the tokens of its own fragments."""
+        mine = Slice(0, len(self.branches)).of(anchors)
+        self.evaluation = Evaluation(tokens=sum(anchor.tokens for anchor in mine) // len(mine), loss=loss)
 
     # -- life
 
     async def join(self, patience: float) -> Joined:
-        """Joins the run and begins to send heartbeats. Raises RefusedError, FaultError, ConfigError."""
-        await self._link.__aenter__()
-        begun = False
-        while not begun:
-            self._joined = await self._link.join(_software(), patience)
-            self._session = self._joined.session
-            begun = await self._begin_session()
-        self._follows = received_run(self._joined.config).rounds.pacing == "follow"
-        self._spawn(self._heartbeats())
-        return self._joined
+        """Joins the run, at each of its coordinators, and begins to send heartbeats. Raises RefusedError, FaultError,
+        ConfigError."""
+        first = await self._join(self._url, patience)
+        for url in received_run(first.config).run.coordinators[1:]:
+            try:
+                await self._join(url, patience)
+            except RefusedError as error:
+                raise RefusedError(error.code, f"{url}: {error.detail}") from None
+        joined = whole_joined([branch.joined for branch in self.branches])
+        self._homes = homes_of(self.branches, joined)
+        self._tell_orders()
+        return joined
+
+    async def _join(self, url: str, patience: float) -> Joined:
+        """Joins the next coordinator. Its lease runs from then on, however long the others take."""
+        branch = Branch(self._connect(url), len(self.branches), self)
+        self.branches.append(branch)
+        await branch.join(patience, like=self.branches[0].joined if branch.index else None)
+        self._spawn(branch.heartbeats())
+        return branch.joined
 
     async def ask_orders(self) -> Orders | None:
         """A heartbeat now, and the orders that it brings; None where the coordinator does not answer soon."""
         try:
-            return await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
+            return await self.branches[0].ask_orders()
         except IsthmusError as error:
             log.warning("no orders: %s", error)
             return None
 
     async def describe(self, manifest: Manifest) -> None:
         """Says what this site's data is cut into. Raises RefusedError where it is not what the others have."""
-        await self._link.describe(manifest.digest, list(manifest.sizes))
+        await self.branches[0].link.describe(manifest.digest, list(manifest.sizes))
 
     async def leave(self) -> None:
         """Ends all errands, and leaves the run if it can within a few seconds."""
@@ -220,18 +164,7 @@ class Courier:
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-        try:
-            if self._session:
-                async with asyncio.timeout(LEAVE_SECONDS):
-                    # A last report, so that the books close on what was really done.
-                    await self._link.heartbeat(self._heartbeat(self.report, self._evaluation), LEAVE_SECONDS)
-                    await self._link.leave(self._session, LEAVE_SECONDS)
-        except (TimeoutError, IsthmusError) as error:
-            # (A coordinator that was restored, or serves another run, has nobody to say goodbye to.)
-            moved = isinstance(error, RefusedError) and error.code == Code.WRONG_RUN
-            log.log(logging.DEBUG if moved else logging.WARNING, "left without a goodbye: %s", error)
-        finally:
-            await self._link.__aexit__()
+        await asyncio.gather(*(branch.leave() for branch in self.branches))
 
     def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._spawn(job())
@@ -246,87 +179,27 @@ class Courier:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._post(Failed(error))
 
-    def _touch(self, answers: bool) -> None:
-        self._metrics.connected.set(int(answers))
-        if answers != self._answers:
-            self._answers = answers
-            self._post(Touch(answers))
+    # -- what the coordinators say
 
-    # -- heartbeats
+    def heard(self, branch: Branch, orders: Orders) -> None:
+        """New orders came from a coordinator; nobody else hears of them before all were joined."""
+        news, branch.orders = orders != branch.orders, orders
+        if news and self._homes:
+            self._tell_orders()
 
-    async def _heartbeats(self) -> None:
-        last: Orders | None = None
-        while True:
-            report, evaluation, session = self.report, self._evaluation, self._session
-            try:
-                orders = await self._link.heartbeat(self._heartbeat(report, evaluation))
-            except Refusal as refusal:
-                self._metrics.refused.labels(refusal.code).inc()
-                if refusal.code == Code.NOT_A_MEMBER:
-                    await self._rejoin(session)
-                elif refusal.code != Code.SUPERSEDED or session == self._session:
-                    raise  # (superseded by itself: an upload found out first that the lease was lost)
-                continue
-            if evaluation is not None and evaluation is self._evaluation:
-                self._evaluation = None
-            if orders != last:
-                self._post(Ordered(orders))
-                last = _without_evaluation(orders)
-            pause = self._joined.lease_seconds / self.heartbeats_per_lease
-            if report.state != "training" or report.starved or self._follows:
-                # Who wants to join rounds that are about to close must hear of them in time, and who has no data to
-                # train on is waiting for some.
-                pause = min(pause, self.soon_seconds)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._hurry.wait()
-            self._hurry.clear()
+    def _tell_orders(self) -> None:
+        told = [branch.orders for branch in self.branches if branch.orders is not None]
+        self._post(Ordered(whole_orders(told)))
+        for branch, orders in zip(self.branches, told, strict=True):
+            # As they would be without a lease to evaluate: a second such lease must count as news, and the first as
+            # none when another coordinator has something to say.
+            branch.orders = orders.model_copy(update={"evaluate": False})
 
-    def _heartbeat(self, report: Report, evaluation: Evaluation | None) -> Heartbeat:
-        return Heartbeat(
-            run=self._link.run,
-            session=self._session,
-            state=report.state,
-            steps=report.steps,
-            tokens=report.tokens,
-            step_seconds=report.step_seconds,
-            overlap_seconds=report.overlap_seconds,
-            sync_seconds=report.sync_seconds,
-            training_share=min(1.0, max(0.0, report.training_share)),
-            loss=report.loss if report.loss is not None and abs(report.loss) <= 1e6 else None,
-            evaluation=evaluation,
-            repairs=self.repairs,
-            evaluates=self.evaluates,
-            data=report.data,
-        )
-
-    async def _rejoin(self, session: str) -> None:
-        """Joins again after the lease was lost; once, however many requests found out."""
-        async with self._rejoining:
-            if self._session != session:
-                return
-            run = self._link.run
-            log.warning("the lease was lost; joining again")
-            begun = False
-            while not begun:
-                joined = await self._link.join(_software())
-                if joined.run != run:
-                    raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
-                if joined.config != self._joined.config:
-                    raise RefusedError("config-changed", "the run's config was changed; start this agent again")
-                self._session = joined.session
-                begun = await self._begin_session()
-
-    async def _begin_session(self) -> bool:
-        """A session begins with its first heartbeat, and uploads wait for it; whether the coordinator still knew it."""
-        try:
-            orders = await self._link.heartbeat(self._heartbeat(self.report, None))
-        except Refusal as refusal:
-            if refusal.code != Code.NOT_A_MEMBER:
-                raise
-            return False
-        self._post(Ordered(orders))
-        return True
+    def touched(self, changed: bool) -> None:
+        """A coordinator answers, or not."""
+        self.metrics.connected.set(int(all(branch.answers for branch in self.branches)))
+        if changed:
+            self._post(Touch(frozenset(p for p, home in enumerate(self._homes) if not home.branch.answers)))
 
     # -- contributions
 
@@ -339,32 +212,32 @@ class Courier:
             self._delivered.set()
         match fate:
             case Accepted(p, version, _):
-                self._metrics.accepted.inc()
+                self.metrics.accepted.inc()
                 self._post(fate)
                 await self._bring(p, parcel.anchor, version, "align")
             case _Turned(anchor, newest, how):
                 await self._bring(parcel.fragment, anchor, newest, how)
 
     async def settled(self) -> None:
-        """Until every contribution that was sent is with the coordinator, or refused."""
+        """Until every contribution that was sent is with its coordinator, or refused."""
         while self._undelivered:
             self._delivered.clear()
             await self._delivered.wait()
 
     async def _offer(self, parcel: Parcel) -> Accepted | _Turned:
         """Sends a contribution until it is known what became of it."""
-        p = parcel.fragment
-        if (keeping := self._keeping.get(p)) is not None:
-            await keeping  # what is in the outbox, can be made again on the version that it was made on
+        p, home = parcel.fragment, self._homes[parcel.fragment]
+        branch = home.branch
+        await self._versions.kept(p)  # what is in the outbox, can be made again on the version that it was made on
         body, base, residual = await asyncio.to_thread(self._prepare, parcel)
         digest = blob_digest(body)
         while True:
-            session = self._session
+            session = branch.session
             opening = OpenUpload(
-                run=self._link.run,
+                run=home.address.run,
                 site=self._site,
                 session=session,
-                fragment=p,
+                fragment=home.address.fragment.index,
                 base_version=base,
                 size=len(body),
                 digest=digest,
@@ -372,14 +245,14 @@ class Courier:
                 body=None,
             )
             try:
-                return Accepted(p, (await self._link.contribute(opening, body)).version, residual)
+                return Accepted(p, (await branch.link.contribute(opening, body)).version, residual)
             except Refusal as refusal:
-                self._metrics.refused.labels(refusal.code).inc()
+                self.metrics.refused.labels(refusal.code).inc()
                 newest = refusal.version or base
                 match refusal.code:
                     case Code.NOT_A_MEMBER:
-                        await self._rejoin(session)
-                    case Code.SUPERSEDED if session != self._session:
+                        await branch.rejoin(session)
+                    case Code.SUPERSEDED if session != branch.session:
                         pass  # this courier itself has joined again meanwhile
                     case Code.WRONG_DIGEST:
                         log.warning("a contribution was damaged on its way; sending it again")
@@ -402,8 +275,8 @@ class Courier:
     def _prepare(self, parcel: Parcel) -> tuple[bytes, int, F32 | None]:
         """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
         the outbox from here on."""
-        p, base = parcel.fragment, parcel.anchor.version
-        fragment = self._layout.fragments[p]
+        p, base, home = parcel.fragment, parcel.anchor.version, self._homes[parcel.fragment]
+        fragment = home.address.fragment
         recorded = self._outbox.read(parcel.number, p) if parcel.recorded else None
         if recorded is not None:
             with open_container(recorded, fragment) as container:
@@ -413,8 +286,10 @@ class Courier:
                 base,
                 left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None,
             )
-        link = self._link.pace.bytes_per_second
-        body, residual = encode(parcel, fragment, self._wire, self._link.run, self._site, self._compression, link)
+        if home.branch.index:
+            parcel = replace(parcel, progress=())  # data is leased by the first alone
+        link = home.branch.link.pace.bytes_per_second
+        body, residual = encode(parcel, home.address, self._wire, self._site, self._compression, link)
         try:
             self._outbox.put(parcel.number, p, body)
         except OSError as error:
@@ -433,122 +308,27 @@ class Courier:
 
     async def _bring(self, p: int, anchor: Anchor | None, version: int, how: How) -> None:
         """Posts the anchor of `version`, waiting for it, or of a newer one where only that is to be had."""
-        jumped = anchor is None or not self._deltas_are_less(p, version - anchor.version)
-        if anchor is None or jumped:
-            anchor = await self._by_snapshot(p, version)
-        while anchor.version < version:
-            # A snapshot is of what is published; what is not published yet comes as deltas.
-            along = await self._by_deltas(p, anchor, version)
-            jumped |= along is None
-            anchor = along or await self._by_snapshot(p, version)
-        self._post(ArrivedAnchor(p, anchor, how, jumped))
+        found, jumped = await self._versions.bring(p, anchor, version)
+        self._post(ArrivedAnchor(p, found, how, jumped))
 
     async def _retrace(self, p: int, anchor: Anchor, version: int, how: How, delivered: Parcel | None) -> None:
         """Posts the acceptance of what is known to be `delivered`, then the anchor of `version`."""
         if delivered is not None:
             _, _, residual = await asyncio.to_thread(self._prepare, delivered)
             self._post(Accepted(p, version, residual))
-        along = await self._by_deltas(p, anchor, version)
+        along = await self._versions.by_deltas(p, anchor, version)
         if along is None:
             raise FaultError(f"version {version} of fragment {p} cannot be come back to; start this agent again")
         self._post(ArrivedAnchor(p, along, how))
-
-    def _deltas_are_less(self, p: int, count: int) -> bool:
-        """Whether so many deltas are fewer bytes than one snapshot (fp32), by the size of the last or largest one."""
-        fragment = self._layout.fragments[p]
-        each = self._delta_bytes.get(p) or container_bound(fragment, self._wire.publish)
-        return count == 1 or count * each < 4 * fragment.size
-
-    async def _by_deltas(self, p: int, anchor: Anchor, version: int) -> Anchor | None:
-        """`anchor` moved along to `version`; None where a delta is gone or leads to other bits than it should."""
-        while anchor.version < version:
-            if (known := await asyncio.to_thread(self._by_history, p, anchor)) is not None:
-                anchor = known
-                continue
-            try:
-                data = await self._link.delta(p, anchor.version + 1)
-            except Refusal as refusal:
-                if refusal.code not in (Code.VERSION_GONE, Code.NOT_FOUND):
-                    raise
-                return None
-            self._delta_bytes[p] = len(data)
-            try:
-                anchor = await asyncio.to_thread(self._apply, self._layout.fragments[p], anchor, data)
-            except FormatError as error:
-                self.count_repair()
-                log.error("fragment %d: %s; repaired from a snapshot", p, error)
-                return None
-            await self._keep(p, anchor.version, data)
-        return anchor
-
-    def _by_history(self, p: int, anchor: Anchor) -> Anchor | None:
-        """The version after `anchor`, where this site has been at it before."""
-        data = self._history.read(p, anchor.version + 1)
-        if data is None:
-            return None
-        try:
-            return self._apply(self._layout.fragments[p], anchor, data)
-        except FormatError as error:
-            log.error("fragment %d: the history's %s; asking the coordinator", p, error)
-            self._history.drop(p, anchor.version + 1)
-            return None
-
-    async def _keep(self, p: int, version: int, data: bytes) -> None:
-        """Puts a delta into the history, while whoever waits for its version goes on."""
-        if (before := self._keeping.get(p)) is not None:
-            await before
-
-        def put() -> None:
-            try:
-                self._history.put(p, version, data)
-            except OSError as error:
-                log.error("a delta is not in the history (%s): if this agent is killed, it starts anew", error)
-
-        self._keeping[p] = asyncio.ensure_future(asyncio.to_thread(put))
-
-    async def _by_snapshot(self, p: int, version: int) -> Anchor:
-        for attempt in range(1, SNAPSHOT_TRIES + 1):
-            try:
-                data = await self._link.snapshot(p, version)
-                return await asyncio.to_thread(self._apply, self._layout.fragments[p], None, data)
-            except Refusal as refusal:
-                if refusal.code not in (Code.VERSION_GONE, Code.NOT_PUBLISHED, Code.NOT_FOUND):
-                    raise
-                # The version moved on while we asked, or is not published yet; the one that is named can be had now.
-                version = refusal.version if refusal.version is not None else version
-                if attempt == 1:
-                    continue
-            except FormatError as error:
-                log.error("snapshot of fragment %d: %s; fetching it again", p, error)
-            await asyncio.sleep(backoff(attempt, random.random()))
-        raise FaultError(f"no sound snapshot of fragment {p} could be had; look at the coordinator's log")
-
-    def _apply(self, fragment: Fragment, anchor: Anchor | None, data: bytes) -> Anchor:
-        """A delta on top of `anchor`, or (None) a snapshot. Raises FormatError where it is not what it should be."""
-        with open_container(data, fragment) as container:
-            header = container.header
-            expected = (
-                ("snapshot", self._link.run, header.version)
-                if anchor is None
-                else ("delta", self._link.run, anchor.version + 1)
-            )
-            if (header.kind, header.run, header.version) != expected:
-                raise FormatError(f"got {(header.kind, header.run, header.version)} in place of {expected}")
-            flat = np.zeros(fragment.size, dtype=np.float32) if anchor is None else anchor.flat.copy()
-            container.add_to(flat)
-        digest = digest_flat(flat, fragment.chunks())
-        if digest != header.digest:
-            raise FormatError(f"version {header.version} came out as {digest} and not {header.digest}")
-        return Anchor(header.version, digest, header.tokens, flat)
 
 
 class CourierThread(Courier):
     """The same in a thread of its own, for a caller that trains meanwhile. What it asks for and needs the answer of,
     it waits for."""
 
-    def __init__(self, link: Link, site: str, metrics: Metrics) -> None:
+    def __init__(self, connect: Callable[[str], Link], url: str, site: str, metrics: Metrics) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        super().__init__(link, site, metrics, self.events.put)
+        super().__init__(connect, url, site, metrics, self.events.put)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="courier", daemon=True)
 
@@ -562,7 +342,7 @@ class CourierThread(Courier):
         self._wait_for(self.describe(manifest))
 
     def hurry(self) -> None:
-        self._loop.call_soon_threadsafe(self._hurry.set)
+        self._loop.call_soon_threadsafe(super().hurry)
 
     def orders(self) -> Orders | None:
         return self._wait_for(self.ask_orders())
@@ -592,12 +372,3 @@ class CourierThread(Courier):
 
     def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._loop.call_soon_threadsafe(lambda: self._spawn(job()))
-
-
-def _without_evaluation(orders: Orders) -> Orders:
-    """The orders as they would be without a lease to evaluate: a second such lease must count as news."""
-    return orders.model_copy(update={"evaluate": False})
-
-
-def _software() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__)[:128], "system": platform.system()}

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from shared.fragments import Layout
-from shared.protocol import Evaluation
 from site_agent.contribution import Anchor
 from site_agent.courier import Courier
 from site_agent.training.trainer import Trainer, evaluate, load_flat
@@ -61,5 +60,4 @@ class Evaluator:
         load_flat(model, self._layout, (anchor.flat for anchor in anchors))
         loss = evaluate(self._task, model, batches, self._trainer.device)
         if loss is not None and abs(loss) <= 1e6:
-            tokens = sum(anchor.tokens for anchor in anchors) // len(anchors)
-            self._courier.evaluated(Evaluation(tokens=tokens, loss=loss))
+            self._courier.evaluated(anchors, loss)

@@ -31,9 +31,10 @@ from site_agent import checkpoint
 from site_agent.contribution import Anchor, DivergedError, Parcel
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
-from site_agent.courier import Accepted, ArrivedAnchor, Courier, Event, Failed, Ordered, Report, Stop, Touch
+from site_agent.courier import Courier
 from site_agent.history import History
 from site_agent.metrics import Metrics
+from site_agent.news import Accepted, ArrivedAnchor, Event, Failed, Ordered, Report, Stop, Touch
 from site_agent.outbox import Outbox, Replays
 from site_agent.training.leased import LeasedStream
 from site_agent.training.schedules import lr_factor
@@ -164,7 +165,7 @@ class Learner:
         """A version was taken up that the history does not lead to."""
         self._numbers: dict[int, int] = {}
         """Of the contributions on their way, by fragment: their numbers in the outbox."""
-        courier.begin_exchange(self.layout, run.wire, self._outbox, self._history)
+        courier.begin_exchange(run.wire, self._outbox, self._history)
         self._loss: float | None = None
         self._to_evaluate = joined.orders.evaluate
 
@@ -280,7 +281,7 @@ class Learner:
         self.residuals = {p: tensors[f"residual.{p}"].numpy() for p in fragments if f"residual.{p}" in tensors}
         self.stream = self._stream_of(self._orders)
         self._go_on_in_the_data(manifest)
-        records = self._outbox.load(self.run_id, self.layout)
+        records = self._outbox.load(self.courier.addresses)
         self._replays.restore(records, manifest["outbox"])
         self._numbers = {int(p): number for p, number in manifest["numbers"].items()}
         self._check_the_history()
@@ -479,8 +480,8 @@ class Learner:
                     self._arrive(event)
                 case Ordered(orders):
                     self._obey(orders)
-                case Touch(answers):
-                    self._note_touch(answers)
+                case Touch(silent):
+                    self._note_touch(silent)
                 case Stop(number):
                     self.save_before_leaving()
                     raise Stopped(number)
@@ -491,17 +492,20 @@ class Learner:
                         raise error
                     raise FaultError(f"the network side failed: {type(error).__name__}: {error}") from error
 
-    def _note_touch(self, answers: bool) -> None:
+    def _note_touch(self, silent: frozenset[int]) -> None:
         if not self.training:
             return
-        self.core.out_of_touch = not answers
-        if answers:
+        self.core.out_of_touch = silent
+        who = "the coordinator"
+        if silent and len(silent) < len(self.anchors):
+            who += f" of fragments {', '.join(map(str, sorted(silent)))}"
+        if not silent:
             log.info("the coordinator answers again")
         elif self.settings.everyone:
-            log.warning("the coordinator cannot be reached; this run waits for it, as it waits for everyone")
+            log.warning("%s cannot be reached; this run waits for it, as it waits for everyone", who)
         else:
             steps = self.settings.outage_steps
-            log.warning("the coordinator cannot be reached; training goes on for up to %d steps without it", steps)
+            log.warning("%s cannot be reached; training goes on for up to %d steps without it", who, steps)
 
     def _arrive(self, arrival: ArrivedAnchor) -> None:
         self.arrivals[arrival.fragment] = arrival

@@ -90,6 +90,11 @@ class Link:
         self.run = ""
         self._transport, self._site = transport, site
 
+    @property
+    def url(self) -> str:
+        """Where the coordinator is."""
+        return self._transport.url
+
     async def __aenter__(self) -> Link:
         await self._transport.open()
         return self
@@ -229,7 +234,7 @@ class Link:
             left = (self.patience if patience is None else patience) - (clock() - began)
             if left <= 0 and not gets_on:
                 raise FaultError(
-                    f"the coordinator at {self._transport.url} cannot be reached ({fault}); "
+                    f"the coordinator at {self.url} cannot be reached ({fault}); "
                     "check [site] coordinator and the network"
                 )
             pause = min(max(left, 0.0), backoff(attempt, random.random()))

@@ -12,22 +12,22 @@ older.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import FormatError
 from shared.files import Disk
-from shared.fragments import Layout
 from shared.wire import open_container
+from site_agent.contribution import Address
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A contribution in the outbox: its number, and what its header says."""
+    """A contribution in the outbox: its number, its fragment in the whole run, and what its header says."""
 
     number: int
     fragment: int
@@ -42,17 +42,18 @@ class Outbox:
     def __init__(self, directory: Path, disk: Disk) -> None:
         self._directory, self._disk = directory, disk
 
-    def load(self, run: str, layout: Layout) -> list[Record]:
-        """What is there, in order. Files that are damaged, half written, or of another run, are dropped."""
+    def load(self, addresses: Sequence[Address]) -> list[Record]:
+        """What is there, in order, with where each fragment's are addressed to. Files that are damaged, half written,
+        or of another run, are dropped."""
         records = []
         for leftover in self._directory.glob(".*"):
             self._disk.remove(leftover)
         for path in sorted(self._directory.glob("*.isthmus")):
             try:
                 number, fragment = (int(part) for part in path.stem.split("-p"))
-                with open_container(path, layout.fragments[fragment]) as container:
+                with open_container(path, addresses[fragment].fragment) as container:
                     header = container.header
-                    if (header.kind, header.run, header.fragment) != ("contribution", run, fragment):
+                    if (header.kind, header.run) != ("contribution", addresses[fragment].run):
                         raise FormatError("it is no contribution to this run")
                     container.screen()
             except (FormatError, ValueError, IndexError, OSError) as error:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from coordinator.service import Coordinator
 from coordinator.store.state_dir import StateDir
+from coordinator.tokens import check_token
 from isthmus import app
 from shared.config import load_run
 from shared.errors import ConfigError
@@ -178,6 +179,37 @@ def test_a_bad_run_config_is_refused_by_its_key_before_anything_starts(
     assert not (here / "state").exists()
 
 
+def sharded(fragments: int = 2) -> str:
+    """The run with two coordinators, and as many tensors as it has fragments."""
+    urls = 'tokens = 100\ncoordinators = ["http://127.0.0.1:1", "http://127.0.0.1:2"]'
+    return RUN.replace("tokens = 100", urls).replace("fragments = 1", f"fragments = {fragments}")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--shard is missing"),
+        (["--shard", 2], "--shard 2 is none of the 2"),
+        (["--shard", -1], "--shard -1 is none"),
+    ],
+)
+def test_one_of_several_coordinators_says_which_it_is(here: Path, options: list[object], says: str) -> None:
+    (here / "run.toml").write_text(sharded())
+    assert_one_sentence(serve(here, *options), 2, says)
+    assert not (here / "state").exists()
+
+
+def test_a_shard_of_a_run_that_has_none_is_refused(here: Path) -> None:
+    assert_one_sentence(serve(here, "--shard", 0), 2, "--shard 0 without [run] coordinators")
+    assert not (here / "state").exists()
+
+
+def test_more_coordinators_than_fragments_are_refused(here: Path) -> None:
+    (here / "run.toml").write_text(sharded(fragments=1))
+    assert_one_sentence(serve(here, "--shard", 0), 2, "run.toml", "leaves some without a fragment")
+    assert not (here / "state").exists()
+
+
 def test_a_run_config_that_is_not_there_is_told(here: Path) -> None:
     ended = isthmus("coordinator", "serve", here / "none.toml", "--state", here / "state")
     assert_one_sentence(ended, 2, "none.toml: no such file")
@@ -226,7 +258,7 @@ def test_an_interrupt_ends_a_start_at_once(here: Path, monkeypatch: pytest.Monke
     """Recovery may take minutes, and can be broken off anywhere; Python's own handler would wait for its thread."""
     before, during = signal.getsignal(signal.SIGINT), []
 
-    async def opening(*_: object) -> None:
+    async def opening(*_: object, **__: object) -> None:
         during.append(signal.getsignal(signal.SIGINT))
         raise ConfigError("enough")
 
@@ -320,6 +352,25 @@ def test_an_export_of_a_run_works_and_one_that_cannot_be_written_is_told(here: P
     assert contents(served) == before
 
 
+def test_a_sharded_model_is_exported_from_all_its_directories_or_not_at_all(here: Path) -> None:
+    (here / "task.py").write_text(
+        TASK.replace("        return model", "        model.v = nn.Parameter(torch.ones(2))\n        return model")
+    )
+    (here / "run.toml").write_text(sharded())
+
+    async def open_and_stop(shard: int) -> None:
+        config = load_run(here / "run.toml")
+        await (await Coordinator.open(config, here / str(shard), here, shard=shard)).stop()
+
+    for shard in (0, 1):
+        asyncio.run(open_and_stop(shard))
+    ended = isthmus("coordinator", "export", here / "1", here / "w.safetensors", "--with", here / "0")
+    assert (ended.code, "versions [0, 0]" in ended.out) == (0, True)
+    for command in (["coordinator", "export", here / "1", here / "x"], ["sample", here / "1", "--prompt", "x"]):
+        assert_one_sentence(isthmus(*command), 2, "name with --with the state directory of coordinator 0")
+    assert not (here / "x").exists()
+
+
 def test_an_export_of_a_directory_without_a_run_is_told(here: Path) -> None:
     isthmus("coordinator", "token", "add", "eu", "--state", here / "state")
     ended = isthmus("coordinator", "export", here / "state", here / "out.safetensors")
@@ -337,6 +388,20 @@ def test_tokens_are_added_listed_replaced_and_revoked(here: Path) -> None:
     assert isthmus("coordinator", "token", "revoke", "eu", *state).code == 0
     assert isthmus("coordinator", "token", "list", *state).out == "eu\trevoked\n"
     assert_one_sentence(isthmus("coordinator", "token", "revoke", "eu", *state), 2, "no valid token")
+
+
+def test_one_token_serves_at_every_coordinator(here: Path) -> None:
+    made = isthmus("coordinator", "token", "add", "eu", "--state", here / "first")
+    (here / "eu.token").write_text(made.out)
+    taken = isthmus("coordinator", "token", "add", "eu", "--state", here / "second", "--token-file", here / "eu.token")
+    assert (taken.code, taken.out) == (0, "")
+    for state in ("first", "second"):
+        store = StateDir(here / state, read_only=True)
+        assert check_token(store.journal, "eu", made.out.strip())
+        store.close()
+    ended = isthmus("coordinator", "token", "add", "eu", "--state", here / "third", "--token-file", here / "run.toml")
+    assert_one_sentence(ended, 2, "does not hold what `isthmus coordinator token add` printed")
+    assert not (here / "third").exists()
 
 
 @pytest.mark.parametrize("name", ["EU", "eu west", "../eu", "e" * 65])

@@ -37,6 +37,8 @@ class Plan:
     follow: bool = False
     sequence_tokens: int | None = None
     """The most tokens that a sequence can count, where the task knows it."""
+    alone: bool = True
+    """Whether all fragments of the run are decided on here; False: this is one of several coordinators."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,9 @@ class RunCore:
         Sites whose schedules are out of step (one was away for a while) can wait for each other: this one for a round
         that lacks another site, which waits for a round that lacks this one. Served in the order in which they were
         opened, rounds cannot wait in a circle; a site in step has contributed to the earlier ones anyway.
+
+        One of several coordinators does not see what a site waits for at the others: it names all open rounds that lack
+        the site, and the site serves them in an order that needs no clock (site_agent.core.site).
         """
         opened = sorted(
             (state.open.opened_at, p)
@@ -318,7 +323,7 @@ class RunCore:
                 before = len(lacking)
             else:
                 lacking.append((p, self.fragments[p].target))
-        return lacking[:before]
+        return lacking[:before] if self.plan.alone else lacking
 
     def closing(self, site: str) -> list[tuple[int, int]]:
         """(fragment, version) of the open rounds that have their quorum, lack this site, and are about to close: with

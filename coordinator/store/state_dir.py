@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from shared.config import RunConfig
 from shared.errors import ConfigError, CorruptError
 from shared.files import DISK, Disk
 from shared.fragments import F32, Fragment, Layout, digest_flat
+from shared.sharding import WHOLE, Slice
+
+SHARD, COUNT = "--shard", "the number of [run] coordinators"
+"""What the identity of one of several coordinators has, and that of a single one has not."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Initial:
     weights: Callable[[Fragment], F32]
     embeddings: list[str]
     sequence_tokens: int | None = None
+
+    def of(self, own: Slice) -> Initial:
+        """The part of one of several coordinators."""
+        return replace(self, layout=own.of_layout(self.layout))
 
 
 class StateDir:
@@ -129,6 +137,12 @@ class StateDir:
         return RunConfig.model_validate_json(self.journal.meta("config") or "null", context="received")
 
     @property
+    def slice(self) -> Slice:
+        """Which fragments of the whole run are here: all, or those of one of several coordinators."""
+        identity = json.loads(self.journal.meta("identity") or "{}")
+        return Slice(identity.get(SHARD, 0), identity.get(COUNT, 1))
+
+    @property
     def base(self) -> Path:
         """Where relative paths of the run's config count from."""
         return Path(self.journal.meta("base") or ".")
@@ -159,14 +173,14 @@ class StateDir:
     def checkpoints(self, keep: int) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", self.lineage, keep, self.disk)
 
-    def adopt_run(self, config: RunConfig, base: Path, build: Callable[[], Initial]) -> bool:
+    def adopt_run(self, config: RunConfig, base: Path, build: Callable[[], Initial], own: Slice = WHOLE) -> bool:
         """Makes this directory the run's, or checks that it is. True where the run is new. `base` is where the config's
-        relative paths count from.
+        relative paths count from; `own` is kept of what `build` gives.
 
         The journal learns of the run last: a start that dies half way leaves a directory that starts afresh.
         Raises ConfigError where the directory belongs to another run.
         """
-        identity = _identity(config)
+        identity = identity_of(config, own)
         known = self.journal.meta("identity")
         if known is not None:
             self._check_identity(json.loads(known), identity)
@@ -175,9 +189,10 @@ class StateDir:
             self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
         self._refuse_a_lost_journal()
-        initial = build()
+        initial = build().of(own)
         layout = initial.layout
-        run = f"{config.run.name}.{uuid.uuid4().hex[:12]}"
+        name = config.run.name if own.count == 1 else f"{config.run.name}.{own.index}"
+        run = f"{name}.{uuid.uuid4().hex[:12]}"
         checkpoints = Checkpoints(self.path / "checkpoints", run, config.store.keep_checkpoints, self.disk)
         self.disk.remove(checkpoints.directory)
         digests = [_save_initial(checkpoints, fragment, initial.weights(fragment)) for fragment in layout.fragments]
@@ -221,9 +236,9 @@ def _save_initial(checkpoints: Checkpoints, fragment: Fragment, weights: F32) ->
     return state.digest
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def identity_of(config: RunConfig, own: Slice) -> dict[str, Any]:
     """What cannot change within a run's life; everything else may be changed at a restart. Paths of a task's
-    data are not part of what is trained."""
+    data are not part of what is trained, nor where coordinators can be reached of who they are."""
     task = {f"[task] {key}": value for key, value in config.task.options().items() if key != "paths"}
     return {
         "[run] name": config.run.name,
@@ -233,6 +248,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "[rounds] fragments": config.rounds.fragments,
         "[rounds] layout": config.rounds.layout,
         **task,
+        **({SHARD: own.index, COUNT: own.count} if own.count > 1 else {}),
     }
 
 

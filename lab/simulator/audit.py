@@ -20,8 +20,8 @@ from lab.simulator.model import PLACES
 from shared.config import RunConfig
 from shared.fragments import F32
 from shared.wire import open_container
-from site_agent.courier import Accepted, ArrivedAnchor, Event
 from site_agent.learner import Learner
+from site_agent.news import Accepted, ArrivedAnchor, Event
 
 ROUNDING = 2e-3
 """Of sums of a few dozen fp32 values of about 1, through int4 and back."""

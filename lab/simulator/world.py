@@ -30,10 +30,11 @@ from shared.config import RunConfig, received_run
 from shared.errors import FaultError, IsthmusError
 from shared.task import Shard
 from site_agent.core.site import SiteCore
-from site_agent.courier import Courier, Event
+from site_agent.courier import Courier
 from site_agent.learner import Hear, Learner, Place, Train
 from site_agent.link import Link
 from site_agent.metrics import Metrics as SiteMetrics
+from site_agent.news import Event
 from site_agent.transport import Reply
 
 log = logging.getLogger(__name__)
@@ -307,7 +308,7 @@ class SiteProcess:
         link = Link(transport, self.name, patience=3600.0)
         if world.schedule.in_parts:
             link.inline_bytes = 0
-        courier = Courier(link, self.name, metrics, news.put_nowait)
+        courier = Courier(lambda url: link, transport.url, self.name, metrics, news.put_nowait)
         courier.evaluates, courier.soon_seconds = False, SOON_SECONDS
         courier.heartbeats_per_lease = HEARTBEATS_PER_LEASE
         joined = await courier.join(3600.0)

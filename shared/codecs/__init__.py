@@ -11,8 +11,8 @@ and an anchor moves by `accumulate(raw, 1, anchor)`, the same arithmetic at the 
     int8      1 + 1/32            bf16 per block of 64     half a step: max|block|/127, or a wider one
     int4      1/2 + 1/32          bf16 per block of 64     half a step: max|block|/7, or a wider one
     e3m0      1/2 + 1/32          bf16 per block of 64     a third of it, or max|block|/128 if that is more
-    topk2-k   about 0.034 for     two bf16 levels per      all of it, where it is not of the k largest of 4096
-              k = 128             block of 4096
+    topk2-k   about 0.060 for     two bf16 levels per      all of it, where it is not of the k largest of 4096
+              k = 256             block of 4096
 
 The block codecs are symmetric. Their scale is rounded *up* to bf16, so the block's largest value never
 clips, and costs 2 bytes where fp32 would cost 4 for no measurable loss (tests/shared/codecs). The values of e3m0
@@ -35,7 +35,7 @@ from shared.errors import FormatError
 
 __all__ = ["CODECS", "DENSE", "Codec", "Dense", "TopK", "codec_named", "grid", "warm_up"]
 
-CODECS: dict[str, Codec] = {**DENSE, "topk2-128": TopK(128)}
+CODECS: dict[str, Codec] = {**DENSE, "topk2-256": TopK(256)}
 """Every codec by its name on the wire; of topk2, whose k is part of its name, the default."""
 
 _TOPK = re.compile(r"topk2-([1-9][0-9]{0,4})")

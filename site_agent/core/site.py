@@ -9,6 +9,7 @@ contributes early to the rounds that wait for it in turn.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,10 +110,13 @@ class Settings:
     outage_steps: int = 0
     """How many steps after a snapshot to go on training while the coordinator cannot be reached. A run that waits for
     everyone does not: its course must not depend on outages."""
+    sharded: bool = False
+    """The run has several coordinators."""
 
     @classmethod
     def of(cls, config: RunConfig, outage_steps: int = 0) -> Settings:
-        return cls(config.rounds.overlap_steps, config.run.tokens, config.rounds.quorum == "all", outage_steps)
+        everyone, sharded = config.rounds.quorum == "all", len(config.run.coordinators) > 1
+        return cls(config.rounds.overlap_steps, config.run.tokens, everyone, outage_steps, sharded)
 
 
 @dataclass
@@ -130,15 +134,16 @@ class SiteCore:
     furthest: float = 0.0
     run_finished: bool = False
     awaited: list[tuple[int, int]] = field(default_factory=list)
-    """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run."""
+    """(fragment, version) of rounds that lack this site's contribution while it waits; see coordinator.core.run, and
+    `_comes_before`."""
     closing: list[tuple[int, int]] = field(default_factory=list)
     """(fragment, version) of rounds that are about to close without this site."""
     reported: int | None = None
     """The run's merged tokens as the coordinator last reported them; unused in a full-quorum run."""
     peers: float = 1.0
     """Inner steps that the run takes for each one of this site."""
-    out_of_touch: bool = False
-    """The coordinator cannot be reached."""
+    out_of_touch: Collection[int] = ()
+    """The fragments whose coordinators cannot be reached."""
     recorded: dict[int, int] = field(default_factory=dict)
     """Fragments whose next contribution was sent before a restart, and comes up again after so many steps since the
     one before: where it came then, wherever the cycle is now."""
@@ -163,7 +168,7 @@ class SiteCore:
             view = self.fragments[p]
             if view.arrived is not None and self._may_align(view):
                 return Align(p, view.arrived.version, view.arrived.how)
-            if view.in_flight is not None and self._must_align(view.in_flight) and not self._bridges(view.in_flight):
+            if view.in_flight is not None and self._must_align(view.in_flight) and not self._bridges(p, view.in_flight):
                 return self._wait(p)
         while self.due:
             p = self.due[0]
@@ -173,7 +178,7 @@ class SiteCore:
                 continue
             if view.arrived is not None:
                 return Align(p, view.arrived.version, view.arrived.how)
-            if view.in_flight is not None and (view.in_flight.followed or self._bridges(view.in_flight)):
+            if view.in_flight is not None and (view.in_flight.followed or self._bridges(p, view.in_flight)):
                 # It has had its contribution of this cycle (or cannot have it); what was trained since goes with the
                 # next one.
                 self.due.pop(0)
@@ -305,16 +310,25 @@ class SiteCore:
         for q, version in self.awaited:
             view = self.fragments[q]
             lacking = view.version < version and self._at_rest(view) and not view.complete
-            if lacking:
+            if lacking and self._comes_before(q, version, p):
                 # With nothing trained since its last contribution it has nothing to give: one step more than τ, then.
                 return self._snapshot(q) if self._has_something(q) else Step()
         return Wait(p)
 
-    def _bridges(self, flight: InFlight) -> bool:
-        """Whether to train on although the version of this contribution is late: the coordinator cannot be reached."""
-        return (
-            self.out_of_touch and not self.settings.everyone and self.steps < flight.step + self.settings.outage_steps
-        )
+    def _comes_before(self, q: int, version: int, p: int) -> bool:
+        """Whether the round of fragment `q` is served before the one of `p` that this site waits for. One coordinator
+        names only such rounds; of several none knows what the site waits for at the others, and there is no clock that
+        all go by. Any one order of all rounds will do, and by version, then fragment, is that of sites in step."""
+        if not self.settings.sharded:
+            return True
+        flight = self.fragments[p].in_flight
+        awaited = self.fragments[p].version + 1 if flight is None else flight.holding or flight.base_version + 1
+        return (version, q) < (awaited, p)
+
+    def _bridges(self, p: int, flight: InFlight) -> bool:
+        """Whether to train on although the version of this contribution is late: its coordinator cannot be reached."""
+        silent = p in self.out_of_touch and not self.settings.everyone
+        return silent and self.steps < flight.step + self.settings.outage_steps
 
     def _by_snapshot(self) -> list[int]:
         """Fragments that have something on its way or here, oldest snapshot first."""

@@ -42,7 +42,7 @@ def test_other_programs_read_what_was_exported(state: Path, tmp_path: Path, publ
     # A round of nothing, so that one version is another and the weights are the same.
     store.journal.close_round(1, 1, "complete", [], OuterRule("sgd", 1.0, 0.0, "fp32", 0), at=0.0)
     store.close()
-    said = export(state, tmp_path / "out.safetensors", "safetensors", published=published)
+    said = export([state], tmp_path / "out.safetensors", "safetensors", published=published)
     wanted: dict[str, F32] = {}
     for fragment in LAYOUT.fragments:
         wanted |= fragment.unflatten(weights(fragment))
@@ -59,5 +59,5 @@ def test_other_programs_read_what_was_exported(state: Path, tmp_path: Path, publ
 
 def test_an_export_holds_one_fragment_at_a_time(state: Path, tmp_path: Path) -> None:
     with peak_of() as peak:
-        export(state, tmp_path / "out.safetensors", "safetensors", published=False)
+        export([state], tmp_path / "out.safetensors", "safetensors", published=False)
     assert 2 * VECTOR < peak.bytes < 3 * VECTOR, "Θ and Θ̂ of a fragment, and chunks"

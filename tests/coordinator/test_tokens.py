@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.store.journal import Journal
-from coordinator.tokens import add_token, check_token
+from coordinator.tokens import add_token, check_token, read_token
 from shared.errors import ConfigError
 
 
@@ -76,3 +76,22 @@ def test_a_name_that_cannot_be_a_sites_is_refused(journal: Journal, name: str) -
     with pytest.raises(ConfigError, match="cannot be a site's name"):
         add_token(journal, name)
     assert journal.sites() == []
+
+
+def test_a_token_that_another_coordinator_made_is_taken_over(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = Journal(tmp_path / "other" / "journal.sqlite")
+    (tmp_path / "eu.token").write_text(add_token(other, "eu") + "\n", encoding="utf-8")
+    other.close()
+    token = read_token(tmp_path / "eu.token")
+    assert add_token(journal, "eu", token) == token
+    assert check_token(journal, "eu", token)
+
+
+@pytest.mark.parametrize("content", ["", "hunter2", "x" * 42, "x" * 44, "x" * 20 + " " + "x" * 22, "ü" * 43])
+def test_what_a_person_thought_of_is_no_token(tmp_path: Path, content: str) -> None:
+    (tmp_path / "eu.token").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"eu\.token does not hold what `isthmus coordinator token add` printed"):
+        read_token(tmp_path / "eu.token")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_token(tmp_path / "none")

@@ -14,8 +14,8 @@ from shared.fragments import digest_flat
 from site_agent.agent import Agent
 from site_agent.contribution import Anchor
 from site_agent.core.alignment import How
-from site_agent.courier import Stop
 from site_agent.learner import Learner, Stopped
+from site_agent.news import Stop
 from tests.support.live import TOY, live, run_config, site_config, train
 
 TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(2000))
@@ -120,20 +120,24 @@ def test_training_lowers_the_held_out_loss_and_reports_it(tmp_path: Path, text: 
 def test_a_damaged_anchor_is_repaired_and_counted_never_trained_on(tmp_path: Path, text: Path) -> None:
     """One site's copy of a version comes out with a wrong bit, as memory or a kernel might make it."""
 
-    class Damaged(Watching):
-        def run(self) -> None:
-            apply, done = self.courier._apply, threading.Event()
+    class Damaging(Watched):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            versions, done = self.courier._versions, threading.Event()
+            apply = versions._apply
 
-            def damaging(fragment: Any, anchor: Any, data: bytes) -> Anchor:
+            def damaging(of: Any, anchor: Any, data: bytes) -> Anchor:
                 if anchor is not None and anchor.version == 1 and not done.is_set():
                     done.set()
                     flat = anchor.flat.copy()
                     flat.view(np.uint32)[0] ^= 1 << 22
                     anchor = Anchor(anchor.version, anchor.digest, anchor.tokens, flat)
-                return apply(fragment, anchor, data)
+                return apply(of, anchor, data)
 
-            self.courier._apply = damaging  # type: ignore[method-assign]
-            super().run()
+            versions._apply = damaging  # type: ignore[method-assign]
+
+    class Damaged(Watching):
+        learns = Damaging
 
     with live(run_config(small_run(text)), tmp_path / "state") as served:
         damaged = Damaged(site_config("a", served.url, tmp_path))
@@ -210,6 +214,6 @@ def test_the_newest_of_two_agents_with_one_name_wins(tmp_path: Path) -> None:
             failed = older.courier.events.get(timeout=60)
         assert isinstance(failed.error, RefusedError)
         assert failed.error.code == "superseded"
-        assert served.coordinator.core.members.live["a"].session == newer.courier._session
+        assert served.coordinator.core.members.live["a"].session == newer.courier.branches[0].session
         older.courier.close()
         newer.courier.close()

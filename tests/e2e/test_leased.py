@@ -11,8 +11,8 @@ import pytest
 
 from shared.errors import RefusedError
 from site_agent.agent import Agent
-from site_agent.courier import Stop
 from site_agent.learner import Learner, Stopped
+from site_agent.news import Stop
 from site_agent.tasks.byte_lm import ByteLM
 from tests.e2e.test_federation import TEXT, small_run
 from tests.support.live import live, run_config, site_config, train

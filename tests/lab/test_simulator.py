@@ -24,10 +24,12 @@ from lab.simulator.simulate import prepare, run_schedule, simulate
 from lab.simulator.world import Fault, Schedule, World
 from shared.config import RunConfig, parse
 from site_agent.contribution import left_of
-from site_agent.courier import ArrivedAnchor, Courier
+from site_agent.courier import Courier
 from site_agent.history import History
 from site_agent.learner import Learner
+from site_agent.news import ArrivedAnchor
 from site_agent.training.leased import LeasedStream
+from site_agent.versions import Versions
 
 SCHEDULES = 60
 
@@ -131,7 +133,7 @@ def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytes
             from site_agent.contribution import encode
 
             wire: WireTable = self.run_config.wire
-            body, _ = encode(parcel, self.layout.fragments[p], wire, self.run_id, "a")
+            body, _ = encode(parcel, self.courier.addresses[p], wire, "a")
             self.residuals[p] = left_of(parcel, self.layout.fragments[p], wire, body) - 1
         arrive(self, arrival)
 
@@ -222,7 +224,7 @@ def test_steps_are_trained_again_on_the_versions_that_they_were_trained_on(tmp_p
 
 def test_a_site_that_asks_the_coordinator_for_them_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Courier, "repeat", lambda self, parcel, version: self.send(parcel))
-    monkeypatch.setattr(Courier, "_by_history", lambda self, p, anchor: None)
+    monkeypatch.setattr(Versions, "_by_history", lambda self, p, anchor: None)
     with pytest.raises(Violation, match="a contribution is made on its base"):
         World(KILLED_LATE, tmp_path / "killed").run()
 

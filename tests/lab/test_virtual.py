@@ -27,11 +27,13 @@ def run_of(
     steps: int = 8,
     equal_time: bool = False,
     quorum: int | None = None,
+    sharded: bool = False,
 ) -> VirtualRun:
+    """`sharded`: the core names rounds as several coordinators would, each for its own."""
     policy = Policy(quorum, 0.0, DEADLINE, max_staleness=2, weighting="tokens")
     first = sum(site.joins_at == 0 for site in sites)
-    plan = Plan(policy, fragments, BUDGET, steps, equal_time, min_sites=first)
-    return VirtualRun(RunCore(plan), sites, Settings(overlap, BUDGET))
+    plan = Plan(policy, fragments, BUDGET, steps, equal_time, min_sites=first, alone=not sharded)
+    return VirtualRun(RunCore(plan), sites, Settings(overlap, BUDGET, sharded=sharded))
 
 
 @given(
@@ -42,8 +44,11 @@ def run_of(
     fragments=st.integers(1, 4),
     steps=st.sampled_from([4, 8, 9]),
     equal_time=st.booleans(),
+    sharded=st.booleans(),
 )
-@example([0.05, 0.05, 0.25], [4.0], [0.6, 0.6, 0.0, 0.0], 0, 3, 4, True)  # the one waited for had given all it had
+@example(
+    [0.05, 0.05, 0.25], [4.0], [0.6, 0.6, 0.0, 0.0], 0, 3, 4, True, False
+)  # the one waited for had given all it had
 @settings(max_examples=80, deadline=None)
 def test_sites_that_join_at_any_time_never_wait_in_a_circle(
     speeds: list[float],
@@ -53,6 +58,7 @@ def test_sites_that_join_at_any_time_never_wait_in_a_circle(
     fragments: int,
     steps: int,
     equal_time: bool,
+    sharded: bool,
 ) -> None:
     """Full quorum: every round is closed by all of its sites, and none by its deadline."""
     starts = [0.0, *joins, *joins][: len(speeds)]
@@ -60,7 +66,7 @@ def test_sites_that_join_at_any_time_never_wait_in_a_circle(
         VirtualSite(f"s{n}", speed, link, start)
         for n, (speed, link, start) in enumerate(zip(speeds, links, starts, strict=False))
     ]
-    run = run_of(sites, overlap, fragments, steps, equal_time)
+    run = run_of(sites, overlap, fragments, steps, equal_time, sharded=sharded)
     run.run(limit=100_000)
     assert {close.reason for _, close in run.closed} == {"complete"}
 
@@ -84,13 +90,14 @@ def test_a_wait_is_as_long_as_it_is_whatever_is_heard_meanwhile() -> None:
     assert sites[0].longest_wait == 80.0
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("overlap", [0, 2, 4, 12])
-def test_sites_in_step_never_contribute_early(overlap: int) -> None:
+def test_sites_in_step_never_contribute_early(overlap: int, sharded: bool) -> None:
     """What a full-quorum run merges does not depend on how long messages took."""
     courses = []
     for links in ((0.0, 0.7), (0.7, 0.0), (0.1, 2.5)):
         sites = [VirtualSite("a", 0.5, links[0]), VirtualSite("b", 1.1, links[1])]
-        run = run_of(sites, overlap, fragments=4, steps=8)
+        run = run_of(sites, overlap, fragments=4, steps=8, sharded=sharded)
         run.run(limit=10_000)
         courses.append(
             sorted(

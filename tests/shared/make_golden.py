@@ -17,7 +17,7 @@ from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import Header, encode_flat, open_container, tensor_table
 
 GOLDEN = Path(__file__).parent / "golden"
-CODEC_NAMES = ("fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2-128")
+CODEC_NAMES = ("fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2-256")
 FRAGMENT = Fragment(
     2, (TensorSpec("blocks.0.bias", (67,)), TensorSpec("blocks.0.scale", ()), TensorSpec("head.weight", (3, 43)))
 )

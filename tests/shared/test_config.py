@@ -661,3 +661,32 @@ def test_a_table_is_asked_for_where_a_value_stands(key: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(SiteConfig, values, "site.toml")
     assert str(caught.value) == f"site.toml: [{key}]: got 3 (a whole number); a table would do"
+
+
+# ---- several coordinators
+
+
+def with_coordinators(*urls: str, fragments: int = 4) -> str:
+    listed = ", ".join(f'"{url}"' for url in urls)
+    return MINIMAL.replace("tokens", f"coordinators = [{listed}]\ntokens", 1) + f"[rounds]\nfragments = {fragments}\n"
+
+
+def test_coordinators_are_named_by_their_urls(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(with_coordinators("https://a:8470", "http://b:1/"))
+    assert load_run(tmp_path / "run.toml").run.coordinators == ["https://a:8470", "http://b:1/"]
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    assert load_run(tmp_path / "run.toml").run.coordinators == []
+
+
+@pytest.mark.parametrize(
+    ("urls", "fragments", "says"),
+    [
+        (["https://a:1", "b:2"], 4, "[run] coordinators: got "),
+        (["https://a:1", "https://a:1/"], 4, "each once"),
+        (["https://a:1", "https://b:1", "https://c:1"], 2, "[rounds] fragments = 2 leaves some without a fragment"),
+    ],
+)
+def test_coordinators_that_cannot_be_are_refused(tmp_path: Path, urls: list[str], fragments: int, says: str) -> None:
+    (tmp_path / "run.toml").write_text(with_coordinators(*urls, fragments=fragments))
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_run(tmp_path / "run.toml")

@@ -96,6 +96,7 @@ JOINED = Joined(
     fragments=[VERSION, VERSION],
     lease_seconds=30.0,
     orders=ORDERS,
+    shard=1,
 )
 MESSAGES: list[Message] = [
     SHARD,
@@ -109,7 +110,7 @@ MESSAGES: list[Message] = [
     LEASED,
     LEASED.leases[0],
     JOINED,
-    Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0),
+    Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0, shard=0),
     EVALUATION,
     HEARTBEAT,
     HEARTBEAT.model_copy(update={"loss": 2.5, "evaluation": None}),

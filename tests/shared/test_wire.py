@@ -97,8 +97,8 @@ def test_the_golden_values_are_what_the_definitions_say(codec: str) -> None:
             wanted.append(reference.round_bf16(x))
         elif codec == "fp16":
             wanted.append(x.astype(np.float16).astype(np.float32))
-        elif codec == "topk2-128":
-            wanted.append(reference.encode_topk(x, 128)[1])
+        elif codec == "topk2-256":
+            wanted.append(reference.encode_topk(x, 256)[1])
         elif codec == "e3m0":
             scale, codes = reference.quantise_e3m0(x)
             wanted.append(reference.dequantise(scale, reference.e3m0_integers(codes)))
@@ -252,7 +252,7 @@ def test_the_longest_header_fits_its_bound() -> None:
         ({"fragment": 3}, r"the container is of fragment 3, not 2"),
         (
             {"codec": "int2"},
-            r"codec 'int2' is not known here; fp32, bf16, fp16, int8, int4, e3m0, topk2-128 would do",
+            r"codec 'int2' is not known here; fp32, bf16, fp16, int8, int4, e3m0, topk2-256 would do",
         ),
         ({"tensors": []}, r"the tensor table is not that of fragment 2"),
         ({"tensors": [["blocks.0.bias", [67]], ["blocks.0.scale", []], ["head.weight", [43, 3]]]}, r"the tensor table"),

@@ -11,9 +11,9 @@ import pytest
 from shared.config import WireTable
 from shared.fragments import F32, Layout
 from shared.wire import open_container
-from site_agent.contribution import Anchor, Parcel, encode
-from site_agent.courier import Accepted
+from site_agent.contribution import Address, Anchor, Parcel, encode
 from site_agent.learner import Learner
+from site_agent.news import Accepted
 
 FRAGMENT = Layout.from_wire([[("w", [128])]]).fragments[0]
 ANCHOR = Anchor(0, "0" * 32, 0, np.ones(128, np.float32))
@@ -23,7 +23,7 @@ LEFT = np.full(128, 0.5, np.float32)
 def sent(residual: F32 | None, *, feedback: bool) -> tuple[F32, F32 | None]:
     """(what the coordinator reads of a contribution of zeros, the feedback after it)"""
     parcel = Parcel(0, ANCHOR, ANCHOR.flat.copy(), residual, 10, 1)
-    body, left = encode(parcel, FRAGMENT, WireTable(upload="fp32", error_feedback=feedback), "run", "site")
+    body, left = encode(parcel, Address("run", FRAGMENT), WireTable(upload="fp32", error_feedback=feedback), "site")
     with open_container(body, FRAGMENT) as opened:
         return opened.decode(), left
 

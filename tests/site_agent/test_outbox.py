@@ -12,11 +12,12 @@ from shared.config import UploadCodec, WireTable
 from shared.files import DISK
 from shared.fragments import F32, Layout
 from shared.wire import open_container
-from site_agent.contribution import Anchor, Parcel, encode, left_of
+from site_agent.contribution import Address, Anchor, Parcel, encode, left_of
 from site_agent.outbox import Outbox, Record, Replays
 
 LAYOUT = Layout.from_wire([[("w", [200])], [("v", [64])]])
 FRAGMENT = LAYOUT.fragments[0]
+ADDRESSES = [Address("run", fragment) for fragment in LAYOUT.fragments]
 RNG = np.random.default_rng(0)
 
 
@@ -28,7 +29,7 @@ def parcel(snapshot: F32, residual: F32 | None = None, fragment: int = 0, base: 
 def body(run: str = "run", fragment: int = 0, base: int = 3) -> bytes:
     size = LAYOUT.fragments[fragment].size
     sent = parcel(np.ones(size, np.float32), fragment=fragment, base=base)
-    return encode(sent, LAYOUT.fragments[fragment], WireTable(), run, "eu")[0]
+    return encode(sent, Address(run, LAYOUT.fragments[fragment]), WireTable(), "eu")[0]
 
 
 @pytest.fixture
@@ -37,10 +38,10 @@ def outbox(tmp_path: Path) -> Outbox:
 
 
 def test_what_was_put_is_found_again_in_order(outbox: Outbox) -> None:
-    assert outbox.load("run", LAYOUT) == []
+    assert outbox.load(ADDRESSES) == []
     outbox.put(11, 0, body(base=4))
     outbox.put(9, 1, body(fragment=1, base=2))
-    assert outbox.load("run", LAYOUT) == [Record(9, 1, 2, 80, 5), Record(11, 0, 4, 80, 5)]
+    assert outbox.load(ADDRESSES) == [Record(9, 1, 2, 80, 5), Record(11, 0, 4, 80, 5)]
     assert outbox.read(11, 0) == body(base=4)
     assert outbox.read(11, 1) is None
 
@@ -50,7 +51,7 @@ def test_what_is_dropped_or_pruned_is_gone(outbox: Outbox) -> None:
         outbox.put(number, 0, body())
     outbox.drop(3, 0)
     outbox.prune(2)
-    assert [record.number for record in outbox.load("run", LAYOUT)] == [2]
+    assert [record.number for record in outbox.load(ADDRESSES)] == [2]
 
 
 def test_damaged_files_and_those_of_another_run_are_dropped(outbox: Outbox, tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_damaged_files_and_those_of_another_run_are_dropped(outbox: Outbox, tmp_
     outbox.put(5, 0, bytes(flipped))
     (tmp_path / "outbox" / "stray.isthmus").write_bytes(b"")
     outbox.put(6, 7, body())
-    assert [record.number for record in outbox.load("run", LAYOUT)] == [0]
+    assert [record.number for record in outbox.load(ADDRESSES)] == [0]
     assert len(list((tmp_path / "outbox").iterdir())) == 1
 
 
@@ -84,7 +85,7 @@ def test_what_was_sent_after_a_checkpoint_comes_up_again_by_fragment(outbox: Out
 def test_the_same_training_leaves_the_same_bits(codec: UploadCodec) -> None:
     snapshot, residual = (RNG.normal(size=200).astype(np.float32) for _ in range(2))
     sent, wire = parcel(snapshot, residual), WireTable(upload=codec)
-    data, left = encode(sent, FRAGMENT, wire, "run", "eu")
+    data, left = encode(sent, ADDRESSES[0], wire, "eu")
     assert left is not None
     np.testing.assert_array_equal(left_of(sent, FRAGMENT, wire, data), left)
 
@@ -94,7 +95,7 @@ def test_what_was_not_sent_is_kept_by_its_decay(keys: dict[str, Any], kept: floa
     """e ← βe + Δ − q: of a Δ of zero, β of what there was of it, less what is sent of that."""
     residual = RNG.normal(size=200).astype(np.float32)
     wire = WireTable(**keys)
-    data, left = encode(parcel(np.zeros(200, np.float32), residual), FRAGMENT, wire, "run", "eu")
+    data, left = encode(parcel(np.zeros(200, np.float32), residual), ADDRESSES[0], wire, "eu")
     with open_container(data, FRAGMENT) as container:
         assert left is not None
         np.testing.assert_allclose(left + container.decode(), kept * residual, rtol=1e-6)
@@ -103,7 +104,7 @@ def test_what_was_not_sent_is_kept_by_its_decay(keys: dict[str, Any], kept: floa
 def test_another_training_of_the_same_steps_leaves_what_is_not_in_the_body() -> None:
     first, second = (RNG.normal(size=200).astype(np.float32) for _ in range(2))
     wire = WireTable(upload="int4")
-    data, _ = encode(parcel(first), FRAGMENT, wire, "run", "eu")
+    data, _ = encode(parcel(first), ADDRESSES[0], wire, "eu")
     with open_container(data, FRAGMENT) as container:
         delivered = container.decode()
     np.testing.assert_allclose(left_of(parcel(second), FRAGMENT, wire, data) + delivered, -second, atol=1e-6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from coordinator.api.app import Api
 from coordinator.service import Coordinator
 from shared.config import RunConfig, SiteConfig, parse
 from site_agent.agent import Agent
-from site_agent.courier import Stop
+from site_agent.news import Stop
 
 TOY = Path(__file__).parent / "toy.py"
 
@@ -35,13 +37,20 @@ def site_config(name: str, url: str, directory: Path, **tables: dict[str, Any]) 
 
 
 class Live:
-    """A served coordinator. `call` runs a coroutine on its loop; `weather` stands between it and every request.
-    `insecure`: it asks for no tokens."""
+    """A served coordinator. `call` runs a coroutine on its loop; `weather` stands between it and every request. `shard`
+    is which of several it is, `door` the socket that it listens on. `insecure`: it asks for no tokens."""
 
     def __init__(
-        self, config: RunConfig, state: Path, weather: Middleware | None = None, *, insecure: bool = True
+        self,
+        config: RunConfig,
+        state: Path,
+        weather: Middleware | None = None,
+        shard: int | None = None,
+        door: socket.socket | None = None,
+        *,
+        insecure: bool = True,
     ) -> None:
-        self._weather, self._insecure = weather, insecure
+        self._weather, self._shard, self._door, self._insecure = weather, shard, door, insecure
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -51,14 +60,17 @@ class Live:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=120)
 
     async def _start(self, config: RunConfig, state: Path) -> tuple[Coordinator, web.AppRunner, Api, str]:
-        coordinator = await Coordinator.open(config, state, state.parent)
+        coordinator = await Coordinator.open(config, state, state.parent, shard=self._shard)
         api = Api(coordinator, insecure=self._insecure)
         app = api.app()
         if self._weather is not None:
             app.middlewares.insert(0, self._weather)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        if self._door is None:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+        else:
+            await web.SockSite(runner, self._door.dup()).start()
         await coordinator.start()
         return coordinator, runner, api, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
@@ -80,9 +92,30 @@ class Live:
 
 
 @contextmanager
-def live(config: RunConfig, state: Path, weather: Middleware | None = None, *, insecure: bool = True) -> Iterator[Live]:
+def doors(count: int) -> Iterator[list[socket.socket]]:
+    """Sockets on loopback ports of their own, for coordinators whose URLs must be known before they are there, and
+    that come back at the same one."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+
+
+def url_of(door: socket.socket) -> str:
+    """Where a coordinator at this door is found."""
+    return f"http://127.0.0.1:{door.getsockname()[1]}"
+
+
+@contextmanager
+def live(
+    config: RunConfig,
+    state: Path,
+    weather: Middleware | None = None,
+    shard: int | None = None,
+    door: socket.socket | None = None,
+    *,
+    insecure: bool = True,
+) -> Iterator[Live]:
     """A coordinator for the length of the block."""
-    served = Live(config, state, weather, insecure=insecure)
+    served = Live(config, state, weather, shard, door, insecure=insecure)
     try:
         yield served
     finally:

@@ -600,6 +600,15 @@ def test_rounds_that_were_opened_at_the_same_time_are_served_in_order_of_fragmen
     assert (core.awaited("a"), core.awaited("b")) == ([(0, 1)], [])
 
 
+def test_one_of_several_coordinators_names_every_round_that_a_site_lacks() -> None:
+    """It does not see what the site waits for at the others."""
+    core = training("a", "b", plan=replace(PLAN, alone=False))
+    assert core.awaited("a") == []
+    contribute(core, "b", 1, now=1.0)
+    contribute(core, "a", 0, now=2.0)
+    assert (core.awaited("a"), core.awaited("b")) == ([(1, 1)], [(0, 1)])
+
+
 # ---- absurd claims
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from coordinator.store.state_dir import Initial, StateDir
 from shared.config import RunConfig, parse
 from shared.errors import ConfigError, CorruptError, IsthmusError
 from shared.fragments import Layout
+from shared.sharding import WHOLE, Slice
 from tests.support.peak import peak_of
 
 LAYOUT = Layout.from_wire([[("a", [3])], [("b", [2, 2])]])
@@ -32,14 +34,15 @@ def config(**tables: dict[str, Any]) -> RunConfig:
 
 
 def initial() -> Initial:
-    return Initial(LAYOUT, lambda fragment: np.full(fragment.size, 1.0 + fragment.index, np.float32), ["b"], 64)
+    values = {"a": 1.0, "b": 2.0}
+    return Initial(LAYOUT, lambda f: np.full(f.size, values[f.tensors[0].name], np.float32), ["b"], 64)
 
 
-def adopted(path: Path, run: RunConfig) -> str:
+def adopted(path: Path, run: RunConfig, own: Slice = WHOLE) -> str:
     """The run id that `path` has once a coordinator of `run` has opened it."""
     store = StateDir.hold(path)
     try:
-        store.adopt_run(run, path, initial)
+        store.adopt_run(run, path, initial, own)
         return store.run_id
     finally:
         store.close()
@@ -183,6 +186,40 @@ def test_what_may_change_within_a_run_may_change_at_a_restart(
     store = StateDir(tmp_path, read_only=True)
     assert store.config == config(**changed)
     store.close()
+
+
+def test_one_of_several_coordinators_keeps_its_own_fragments_and_numbers_them_from_0(tmp_path: Path) -> None:
+    run = adopted(tmp_path, config(), Slice(1, 2))
+    assert run.startswith("tiny.1.")
+    store = StateDir(tmp_path, read_only=True)
+    assert store.slice == Slice(1, 2)
+    assert store.layout == Layout.from_wire([[("b", [2, 2])]])
+    (state,) = (store.checkpoints(2).load(e, store.layout.fragments[0]) for e in store.checkpoints(2).entries(0))
+    assert state.published.tolist() == [2.0] * 4
+    assert store.initial_digest(0) == state.digest
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "says"),
+    [
+        (Slice(0, 2), Slice(1, 2), "there --shard is 0, here 1"),
+        (Slice(0, 2), Slice(0, 3), "there the number of [run] coordinators is 2, here 3"),
+        (Slice(0, 2), WHOLE, "there --shard is 0, here None"),
+        (WHOLE, Slice(0, 2), "there --shard is None, here 0"),
+    ],
+)
+def test_the_directory_of_another_shard_is_refused(tmp_path: Path, was: Slice, becomes: Slice, says: str) -> None:
+    run = adopted(tmp_path, config(), was)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        adopted(tmp_path, config(), becomes)
+    assert adopted(tmp_path, config(), was) == run
+
+
+def test_coordinators_may_move_to_other_urls(tmp_path: Path) -> None:
+    urls = [["https://a:1", "https://b:1"], ["https://a:2", "https://c:1"]]
+    runs = {adopted(tmp_path, config(run={"coordinators": each}), Slice(1, 2)) for each in urls}
+    assert len(runs) == 1
 
 
 def test_a_start_that_died_half_way_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from shared.wire import pack_section
 
 F32 = NDArray[np.float32]
 DENSE_NAMES = ["fp32", "bf16", "fp16", "int8", "int4", "e3m0"]
-TOPK = "topk2-128"
+TOPK = "topk2-256"
 ALL = [*DENSE_NAMES, TOPK]
 SCALED = ["int8", "int4", "e3m0"]
 quick = settings(deadline=None, max_examples=60)

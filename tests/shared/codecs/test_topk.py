@@ -156,7 +156,7 @@ def test_whatever_passes_the_screening_decodes_to_finite_values_in_place(data: s
 
 
 def test_the_name_on_the_wire_says_how_many_are_kept() -> None:
-    assert codec_named("topk2-64").size(4096) == TopK(64).size(4096) < CODECS["topk2-128"].size(4096)
+    assert codec_named("topk2-64").size(4096) == TopK(64).size(4096) < CODECS["topk2-256"].size(4096)
     for name in ("topk2", "topk2-0", "topk2-1025", "topk2-064", "topk2--1", "int2"):
         with pytest.raises(FormatError, match="is not known here"):
             codec_named(name)

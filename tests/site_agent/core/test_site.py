@@ -12,8 +12,15 @@ TOKENS = 10
 BUDGET = 1_000_000
 
 
-def site(overlap: Overlap, fragments: int = 2, pace: float = 6.0, budget: int = BUDGET, merged: int = 0) -> SiteCore:
-    return SiteCore.begin(Settings(overlap, budget), [(0, merged)] * fragments, pace, peers=2)
+def site(
+    overlap: Overlap,
+    fragments: int = 2,
+    pace: float = 6.0,
+    budget: int = BUDGET,
+    merged: int = 0,
+    sharded: bool = False,
+) -> SiteCore:
+    return SiteCore.begin(Settings(overlap, budget, sharded=sharded), [(0, merged)] * fragments, pace, peers=2)
 
 
 def train(core: SiteCore, steps: int = 1, seconds: float = 1.0) -> None:
@@ -411,6 +418,23 @@ def test_a_round_whose_version_is_here_is_over_whatever_older_orders_say() -> No
     assert core.next_action() == Wait(0)
 
 
+def test_of_several_coordinators_rounds_a_site_serves_those_before_the_one_that_it_waits_for() -> None:
+    """By version, then fragment: in whatever order coordinators name them, and as sites in step contribute anyway."""
+    core = site(0, sharded=True)
+    core.fragments[1].version = 1
+    core.awaited = [(1, 2), (0, 1)]
+    train(core, 3)
+    take(core)
+    assert core.next_action() == Wait(0), "(1, 2) comes after (0, 1), which it waits for"
+    core = site(0, sharded=True)
+    core.awaited = [(1, 1), (0, 1)]
+    train(core, 3)
+    core.due = [1]  # as at a site that is half a cycle out of step
+    assert take(core).fragment == 1
+    assert take(core) == Snapshot(fragment=0, base_version=0, tokens=30, steps=3)
+    assert core.next_action() == Wait(0)
+
+
 def test_a_site_follows_a_round_that_is_about_to_close_with_the_steps_that_it_has() -> None:
     core = site("unbounded")
     train(core, 1)
@@ -531,7 +555,7 @@ def bridging(overlap: Overlap, everyone: bool = False) -> SiteCore:
     core = SiteCore.begin(settings, [(0, 0)], pace=4.0, peers=2)
     train(core, 4)
     take(core)
-    core.out_of_touch = True
+    core.out_of_touch = range(len(core.fragments))
     return core
 
 
@@ -541,16 +565,31 @@ def test_out_of_touch_a_site_trains_on_up_to_its_bound_and_then_waits(overlap: O
     train(core, 8)
     assert core.next_action() == Wait(0)
     # What it trained meanwhile goes with the next contribution, at once.
-    core.out_of_touch = False
+    core.out_of_touch = ()
     deliver(core, 0, 1)
     assert take_up(core) == Align(0, 1, "align")
     assert take(core) == Snapshot(fragment=0, base_version=1, tokens=8 * TOKENS, steps=8)
 
 
+def test_with_one_of_several_coordinators_out_of_reach_only_its_fragments_are_not_waited_for() -> None:
+    core = SiteCore.begin(Settings(0, BUDGET, everyone=False, outage_steps=8), [(0, 0)] * 2, pace=4.0, peers=2)
+    core.out_of_touch = {1}
+    train(core, 2)
+    assert take(core).fragment == 0
+    assert core.next_action() == Wait(0)
+    deliver(core, 0, 1)
+    take_up(core)
+    train(core, 2)
+    assert take(core).fragment == 1
+    train(core, 2)
+    assert take(core).fragment == 0
+    assert core.next_action() == Wait(0)
+
+
 def test_back_in_touch_a_site_waits_where_it_would_have() -> None:
     core = bridging("unbounded")
     train(core, 6)
-    core.out_of_touch = False
+    core.out_of_touch = ()
     train(core, 2)
     assert core.next_action() == Wait(0)
 
