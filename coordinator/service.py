@@ -41,6 +41,7 @@ from coordinator.store.recovery import Home, execute, in_memory, recover
 from coordinator.store.resting import is_mapped, map_states, state_bytes
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
+from shared.codecs import DENSE
 from shared.compression import Compression, usual_level
 from shared.config import RunConfig
 from shared.errors import IsthmusError
@@ -171,6 +172,8 @@ class Coordinator:
         self._steady = [asyncio.Lock() for _ in states]
         self._merges: set[asyncio.Task[None]] = set()
         self._room = Room()
+        publish = DENSE[config.wire.publish]
+        self._room.reserve(max(sum(publish.size(chunk.size) for chunk in f.chunks()) for f in self.layout.fragments))
         self._stepping = asyncio.Lock()
         """Held from a step until its delta is on disk: however many rounds close at once, memory holds one delta."""
         self._timekeeper: asyncio.Task[None] | None = None
@@ -587,6 +590,9 @@ def _open_states(
     journal, blobs, run, embeddings = store.journal, store.blobs, store.run_id, store.embeddings
     home = _home(config, store, machine)
     states = list(recover(store.layout, journal, blobs, checkpoints, run, embeddings, workers.chunks, publish, home))
+    for state in states:
+        state.adopt(config.outer.optimizer)
+        state.vectors.rest()
     if strays := store.blobs.sweep(store.journal.needed_blobs()):
         log.info("removed %d blobs that nothing names", strays)
     seconds, versions = machine.clock() - began, [state.version for state in states]

@@ -82,6 +82,13 @@ class Fragment:
 
     def chunks(self, elements: int = CHUNK_ELEMENTS) -> list[Chunk]:
         """The flat vector cut into chunks of at most `elements`, tensor by tensor."""
+        return self._usual_chunks if elements == CHUNK_ELEMENTS else self._cut(elements)
+
+    @cached_property
+    def _usual_chunks(self) -> list[Chunk]:
+        return self._cut(CHUNK_ELEMENTS)
+
+    def _cut(self, elements: int) -> list[Chunk]:
         return [
             Chunk(at, min(at + elements, stop))
             for start, stop in self.offsets.values()

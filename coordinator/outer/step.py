@@ -19,7 +19,7 @@ import xxhash
 
 from coordinator.outer import kernels
 from coordinator.outer.merge import Merge, Weighted
-from coordinator.outer.optimizers import SLOTS, OuterRule, Sections, Update, update_of
+from coordinator.outer.optimizers import SLOTS, Optimizer, OuterRule, Sections, Update, update_of
 from coordinator.outer.vectors import Vectors
 from shared.codecs import DENSE, Dense
 from shared.codecs import warm_up as warm_up_codecs
@@ -60,11 +60,11 @@ class OuterState:
             digest_flat(self.published, chunks), digest_flat(self.master, chunks), _optimizer_digest(slots, self.count)
         )
 
-    def adopt(self, rule: OuterRule) -> None:
-        """Makes the slots those of the rule's optimizer. What it shares with the one before (the momentum) stays; where
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Makes the slots those of this optimizer. What it shares with the one before (the momentum) stays; where
         it brings something new, counting starts anew. Nesterov's momentum is a sum and Adam's an average: neither is
         of use to the other."""
-        wanted = SLOTS[rule.optimizer]
+        wanted = SLOTS[optimizer]
         if ("variance" in wanted) != ("variance" in self.slots):
             self.slots = {}
         if set(wanted) != set(self.slots):
@@ -80,11 +80,16 @@ class Room:
     def __init__(self) -> None:
         self._held = np.empty(0, dtype=np.uint8)
 
+    def reserve(self, size: int) -> None:
+        """Makes room for so many bytes now, and not in a running round."""
+        if self._held.size < size:
+            self._held = np.empty(size, dtype=np.uint8)
+            self._held.fill(0)
+
     def cut(self, sizes: Sequence[int]) -> list[U8]:
         """A place for each of so many bytes, uint8 (size,)."""
         ends = list(itertools.accumulate(sizes))
-        if ends and self._held.size < ends[-1]:
-            self._held = np.empty(ends[-1], dtype=np.uint8)
+        self.reserve(ends[-1] if ends else 0)
         return [self._held[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
@@ -132,7 +137,7 @@ def outer_step(
     that are merged by the mean whatever the rule, `room` is where the delta may be built. Raises FormatError or OSError
     where a contribution cannot be read; `state` is unusable then and must be rebuilt from the journal.
     """
-    state.adopt(rule)
+    state.adopt(rule.optimizer)
     merge = Merge(state.fragment, state.slots.get("momentum"), contributions, rule, executor, embeddings)
     merge.prepare()
     update, state.count = update_of(rule, state.count, len(contributions))

@@ -20,8 +20,11 @@ class Vectors:
         return np.empty(size, dtype=np.float32)
 
     def zeros(self, name: str, size: int) -> F32:
-        """The same, all zero."""
-        return np.zeros(size, dtype=np.float32)
+        """The same, all zero, and its pages there: the first touch of so much memory in a running round would hold up
+        every thread that maps some."""
+        values = self.empty(name, size)
+        values.fill(0)
+        return values
 
     def rest(self) -> None:
         """Nobody works on the fragment for now: its memory may be had by others. What the vectors hold stays."""
