@@ -21,6 +21,7 @@ from rich.table import Table
 
 COPY_BYTES = 256 << 20
 REPEATS = 7
+MOST_COLUMNS = 6
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -60,9 +61,16 @@ def machine(copy: float) -> dict[str, Any]:
 def report(title: str, copy: float, rows: Sequence[Mapping[str, Any]], file: Path | None) -> None:
     """Prints the rows as a table and, with `file`, writes machine and rows as JSON."""
     console = Console()
-    table = Table(title=title, show_header=False)
-    for field in rows[0]:
-        table.add_row(field, *(_shown(row[field]) for row in rows))
+    if len(rows) > MOST_COLUMNS:
+        # A row a line, as wide as it takes: for a terminal that wraps, or a file.
+        console = Console(width=240)
+        table = Table(*rows[0], title=title)
+        for row in rows:
+            table.add_row(*(_shown(row[field]) for field in rows[0]))
+    else:
+        table = Table(title=title, show_header=False)
+        for field in rows[0]:
+            table.add_row(field, *(_shown(row[field]) for row in rows))
     console.print(f"{_cpu()}, {os.cpu_count()} cores, copy {copy / 1e9:.1f} GB/s")
     console.print(table)
     if file is not None:

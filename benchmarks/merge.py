@@ -5,7 +5,8 @@ delta encoded, published weights moved along, digests taken. Each row runs in a 
 memory is its own.
 
 `bytes_moved` is what must cross the memory bus at least: every contribution read once, Θ, momentum and Θ̂ read and
-written once, the delta written once. `bound_fraction` is bytes_moved / copy bandwidth / seconds.
+written once, the delta written once. `bound_fraction` is bytes_moved / copy bandwidth / seconds. (RDA has to read the
+contributions twice more and keep their sum; its fraction is of the same bytes.)
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import numpy as np
 from benchmarks.machine import arguments, copy_bytes_per_second, report
 from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import OuterRule
-from coordinator.outer.step import OuterState, outer_step, warm_up
+from coordinator.outer.rules import Merge
+from coordinator.outer.step import OuterState, Room, outer_step, warm_up
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import Header, encode_flat, open_container, tensor_table
 
@@ -39,14 +41,14 @@ STATE_BYTES = 24
 
 
 def measure(
-    parameters: int, contributions: int, upload: str, publish: str, repeats: int, paths: list[str]
+    parameters: int, contributions: int, upload: str, publish: str, merge: Merge, repeats: int, paths: list[str]
 ) -> dict[str, Any]:
     """One row: the median over `repeats` outer steps; contributions are read from `paths`, in turn."""
     warm_up()
     fragment = _fragment(parameters)
     master = np.random.default_rng(0).standard_normal(fragment.size, dtype=np.float32)
     state = OuterState(fragment, master, master.copy())
-    rule = OuterRule("nesterov", 0.7, 0.9, publish, 0)
+    rule, room = OuterRule("nesterov", 0.7, 0.9, publish, 0, merge=merge), Room()
     files = [Path(paths[n % len(paths)]) for n in range(contributions)]
     times, sent = [], 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -57,7 +59,7 @@ def measure(
                     for file in files
                 ]
                 began = time.perf_counter()
-                stepped = outer_step(state, weighted, rule, "benchmark", 0, pool)
+                stepped = outer_step(state, weighted, rule, "benchmark", 0, pool, room=room)
                 times.append(time.perf_counter() - began)
             sent = stepped.delta_size
     read = sum(file.stat().st_size for file in files)
@@ -67,7 +69,7 @@ def measure(
         "contributions": contributions,
         "upload": upload,
         "publish": publish,
-        "merge": "mean",
+        "merge": merge,
         "seconds": seconds,
         "params_per_second": fragment.size / seconds,
         "bytes_moved": read + STATE_BYTES * fragment.size + sent,
@@ -121,7 +123,13 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     parameters, repeats = 50_000_000, 5 if options.quick else 11
     copy = copy_bytes_per_second()
-    cases = [(4, "int4", "int8"), (2, "int4", "int8"), (16, "int4", "int8"), (4, "fp32", "fp32")]
+    cases: list[tuple[int, str, str, Merge]] = [
+        (4, "int4", "int8", "mean"),
+        (2, "int4", "int8", "mean"),
+        (64, "int4", "int8", "mean"),
+        (4, "fp32", "fp32", "mean"),
+        (4, "int4", "int8", "rda"),
+    ]
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         fragment = _fragment(parameters)
@@ -129,13 +137,13 @@ def main() -> None:
             codec: [str(_contribution(Path(directory), fragment, n, codec)) for n in range(DISTINCT)]
             for codec in ("int4", "fp32")
         }
-        for contributions, upload, publish in cases:
-            row = _apart(parameters, contributions, upload, publish, repeats, paths[upload])
+        for contributions, upload, publish, merge in cases:
+            row = _apart(parameters, contributions, upload, publish, merge, repeats, paths[upload])
             row["bound_fraction"] = row["bytes_moved"] / copy / row["seconds"]
             rows.append(row)
     report(f"outer step of one fragment, medians of {repeats}", copy, rows, options.json)
     small, large = rows[1]["peak_rss_bytes"], rows[2]["peak_rss_bytes"]
-    print(f"peak memory with K=16: {large / 1e6:,.0f} MB, {large / small - 1:+.1%} against K=2")
+    print(f"peak memory with K=64: {large / 1e6:,.0f} MB, {large / small - 1:+.1%} against K=2")
 
 
 if __name__ == "__main__":
