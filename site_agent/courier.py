@@ -21,10 +21,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, FormatError, IsthmusError, RefusedError
-from shared.fragments import F32, Fragment, Layout, digest_flat
+from shared.fragments import Fragment, Layout, digest_flat
 from shared.protocol import PART_BYTES, Code, DataReport, Evaluation, Heartbeat, Joined, OpenUpload, Orders
 from shared.task import Manifest
 from shared.wire import blob_digest, container_bound, open_container
@@ -50,7 +51,7 @@ class Accepted:
 
     fragment: int
     version: int
-    residual: F32 | None
+    residual: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ class Courier:
                     case _:
                         raise
 
-    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, F32 | None]:
+    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, Tensor | None]:
         """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
         the outbox from here on."""
         p, base = parcel.fragment, parcel.anchor.version
