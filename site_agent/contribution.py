@@ -75,9 +75,8 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         sizes=[],
         progress=list(parcel.progress),
     )
-    pack = _pack_on_cpu if parcel.snapshot.device.type == "cpu" else pack_on_device
     try:
-        return pack(header, fragment, _delta(parcel, wire), wire)
+        return _pack(header, fragment, _delta(parcel, wire), wire)
     except ValueError as error:
         raise DivergedError(
             f"the weights of fragment {parcel.fragment} have diverged ({error}); lower [inner] lr and start anew"
@@ -89,18 +88,19 @@ def encode(parcel: Parcel, fragment: Fragment, wire: WireTable, run: str, site: 
         ) from None
 
 
-def _pack_on_cpu(header: Header, fragment: Fragment, delta: Tensor, wire: WireTable) -> tuple[bytes, Tensor | None]:
-    left = torch.empty_like(delta) if wire.error_feedback else None
-    residual = None if left is None else left.numpy()
-    return encode_flat(header, fragment, delta.numpy(), wire.zstd_level, residual, wire.upload_grid), left
-
-
-def pack_on_device(header: Header, fragment: Fragment, delta: Tensor, wire: WireTable) -> tuple[bytes, Tensor | None]:
-    """The container of `delta`, encoded where it is, and the error feedback after it, which takes its place. Raises
+def _pack(header: Header, fragment: Fragment, delta: Tensor, wire: WireTable) -> tuple[bytes, Tensor | None]:
+    """The container of `delta`, encoded where it is, and the error feedback after it; `delta` is used up. Raises
     ValueError."""
-    raws = encoders.encode(grid(header.codec, wire.upload_grid), delta, fragment.chunks(header.chunk))
-    body = pack_container(header, [pack_section(raw, wire.zstd_level) for raw in raws])
-    return body, delta if wire.error_feedback else None
+    codec, chunks = grid(header.codec, wire.upload_grid), fragment.chunks(header.chunk)
+    encode = encoders.encoder(codec, delta.device)
+    if encode is not None and chunks:
+        sections = [pack_section(raw, wire.zstd_level) for raw in encode(codec, delta, chunks)]
+        return pack_container(header, sections), delta if wire.error_feedback else None
+    flat = delta.cpu()
+    left = torch.empty_like(flat) if wire.error_feedback else None
+    residual = None if left is None else left.numpy()
+    body = encode_flat(header, fragment, flat.numpy(), wire.zstd_level, residual, wire.upload_grid)
+    return body, None if left is None else left.to(delta.device)
 
 
 def left_of(parcel: Parcel, fragment: Fragment, wire: WireTable, body: bytes) -> Tensor:

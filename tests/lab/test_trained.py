@@ -8,7 +8,7 @@ import pytest
 
 from lab.trained import TrainedRun
 from lab.virtual import VirtualSite
-from site_agent import contribution
+from site_agent.training import encoders
 from tests.support.live import run_config
 
 TEXT = "".join(f"line {n} of a text that is long enough to be learnt from, {n * n} times.\n" for n in range(500))
@@ -38,6 +38,6 @@ def test_a_run_whose_sites_encode_in_torch_operations_ends_in_the_same_bits(
         return run.digests()
 
     by_numba = digests()
-    monkeypatch.setattr(contribution, "_pack_on_cpu", contribution.pack_on_device)
+    monkeypatch.setattr(encoders, "encoder", lambda codec, device: encoders.torch_operations(codec))
     assert digests() == by_numba
     assert min(version for version, _ in by_numba) > 2

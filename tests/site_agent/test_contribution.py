@@ -14,7 +14,8 @@ from shared.config import UploadCodec, WireTable
 from shared.fragments import F32, Layout
 from shared.wire import Bytes, encode_flat, open_container, read_header
 from site_agent import contribution
-from site_agent.contribution import Anchor, DivergedError, Parcel, encode, left_of, pack_on_device
+from site_agent.contribution import Anchor, DivergedError, Parcel, encode, left_of
+from site_agent.training import encoders
 
 FRAGMENT = Layout.from_wire([[("a", [300, 31]), ("b", [64]), ("c", [1]), ("d", [4097])]]).fragments[0]
 RNG = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def sent(parcel: Parcel, wire: WireTable) -> tuple[bytes, Tensor | None]:
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is taken for an accelerator."""
-    monkeypatch.setattr(contribution, "_pack_on_cpu", pack_on_device)
+    monkeypatch.setattr(encoders, "encoder", lambda codec, device: encoders.torch_operations(codec))
 
 
 @every_codec
@@ -114,6 +115,6 @@ def test_too_little_memory_on_the_device_is_told_of(monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nMore of it")
 
-    monkeypatch.setattr(contribution, "_pack_on_cpu", full)
+    monkeypatch.setattr(contribution, "_pack", full)
     with pytest.raises(contribution.FaultError, match=r"too little memory .* Tried to allocate 2 GiB\.; lower"):
         sent(parcel(), WireTable())

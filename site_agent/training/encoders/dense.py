@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shared.codecs import Dense, kernels
+from shared.codecs import Codec, Dense, kernels
 from shared.codecs.kernels import BLOCK, U8
 from shared.fragments import Chunk
 from site_agent.training.encoders.tiling import block_counts, from_blocks, sizes_of_blocks, slabs, to_blocks
@@ -23,8 +23,10 @@ vectors at once."""
 WIDE = 16
 
 
-def encode(codec: Dense, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
-    """See `site_agent.training.encoders.encode`."""
+def encode(codec: Codec, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
+    """An encoder; see `site_agent.training.encoders`."""
+    if not isinstance(codec, Dense):
+        raise TypeError(f"{codec.name} is encoded elsewhere")
     sizes = [codec.size(chunk.size) for chunk in chunks]
     raw = torch.empty(sum(sizes) + 1, dtype=torch.uint8, device=x.device)
     flaws, at = [], 0

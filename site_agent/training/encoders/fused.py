@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.codecs import Dense, kernels
+from shared.codecs import Codec, Dense, kernels
 from shared.codecs.kernels import BLOCK, U8
 from shared.fragments import Chunk
 from site_agent.training.encoders.dense import split
@@ -74,8 +74,10 @@ def _encode_tiles(
         tl.store(payload + at, (code & 0xFF).to(tl.uint8), mask=inside)
 
 
-def encode(codec: Dense, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
-    """See `site_agent.training.encoders.encode`; of int8 and int4."""
+def encode(codec: Codec, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
+    """An encoder of int8 and int4; see `site_agent.training.encoders`."""
+    if not isinstance(codec, Dense) or codec.kind not in (kernels.INT8, kernels.INT4):
+        raise TypeError(f"{codec.name} is encoded elsewhere")
     sizes = [codec.size(chunk.size) for chunk in chunks]
     raw = torch.empty(sum(sizes) + 1, dtype=torch.uint8, device=x.device)
     flaw = torch.zeros(1, dtype=torch.int32, device=x.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.codecs import TopK
+from shared.codecs import Codec, TopK
 from shared.codecs.kernels import F32, I32, U8
 from shared.codecs.topk_kernels import BLOCK, kept
 from shared.fragments import Chunk
@@ -25,8 +25,10 @@ SLAB_ELEMENTS = 1 << 22
 INDEX_BITS = 12
 
 
-def encode(codec: TopK, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
-    """See `site_agent.training.encoders.encode`."""
+def encode(codec: Codec, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
+    """An encoder; see `site_agent.training.encoders`."""
+    if not isinstance(codec, TopK):
+        raise TypeError(f"{codec.name} is encoded elsewhere")
     counts = block_counts(chunks, BLOCK)
     keeps = torch.from_numpy(_keeps(codec.k, chunks)).to(x.device)  # (B, 1)
     places, values, at = [], [], 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.codecs import DENSE, Codec, Dense, codec_named, grid
+from shared.codecs import DENSE, Codec, codec_named, grid
 from shared.codecs.kernels import F32, U8
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Layout
 from site_agent.training import encoders
@@ -53,9 +50,13 @@ def on_cpu(codec: Codec, x: F32, chunks: Sequence[Chunk]) -> tuple[list[U8], F32
     return [codec.encode(part, part, -1.0) for part in parts], left
 
 
+def encode_on(codec: Codec, device: torch.device) -> encoders.Encode:
+    return encoders.encoder(codec, device) or encoders.torch_operations(codec)
+
+
 def on_device(codec: Codec, x: F32, chunks: Sequence[Chunk], device: torch.device) -> tuple[list[U8], F32]:
     left = torch.from_numpy(x.copy()).to(device)
-    return encoders.encode(codec, left, chunks), left.cpu().numpy()
+    return encode_on(codec, device)(codec, left, chunks), left.cpu().numpy()
 
 
 def length(x: F32) -> float:
@@ -121,7 +122,7 @@ def test_what_is_not_finite_is_refused_wherever_it_is(codec: Codec, device: torc
     x = torch.ones(5001, device=device)
     x[at] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
-        encoders.encode(codec, x, cut([100, 4901]))
+        encode_on(codec, device)(codec, x, cut([100, 4901]))
 
 
 @every_device
@@ -145,58 +146,78 @@ def test_halves_go_to_even_and_the_largest_never_clips(name: str, step: float, d
     assert_same(grid(name, step), np.tile(x, 13), cut([x.size] * 13), device)
 
 
-def test_no_chunks_are_no_sections() -> None:
-    assert encoders.encode(codec_named("int4"), torch.empty(0), []) == []
+@every_device
+@pytest.mark.parametrize("name", ["int8", "int4", "e3m0"])
+def test_a_scale_that_needs_no_rounding_is_not_rounded(name: str, device: torch.device) -> None:
+    """A largest value of `levels` times a bf16 value, for every one between two powers of two."""
+    levels = {"int8": 127, "int4": 7, "e3m0": 64}[name]
+    x = np.zeros(128 * 64, np.float32)
+    x[::64] = levels * np.arange(128, 256) / 1024
+    (section,), left = on_device(codec_named(name), x, cut([x.size]), device)
+    scales = (section[:256].view("<u2").astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(scales, np.arange(128, 256) / 1024)
+    assert not left.any()
 
 
-# -- the Triton form, without Triton; see test_fused for its kernel
+# -- what a device is trusted with
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Named as a CUDA device is, with Triton there; samples are encoded on the CPU."""
-    same = encoders._same
+    flaw_of = encoders._flaw_of
     monkeypatch.setattr(encoders, "find_spec", lambda name: object())
-    monkeypatch.setattr(encoders, "_same", lambda codec, device, other: same(codec, torch.device("cpu"), other))
-    encoders._dense.cache_clear()
+    monkeypatch.setattr(encoders, "_flaw_of", lambda encode, codec, device: flaw_of(encode, codec, DEVICES[0]))
+    encoders.encoder.cache_clear()
     yield torch.device("cuda")
-    encoders._dense.cache_clear()
+    encoders.encoder.cache_clear()
 
 
-def with_fused(monkeypatch: pytest.MonkeyPatch, encode: encoders.Encode) -> None:
-    module = ModuleType("site_agent.training.encoders.fused")
-    module.encode = encode  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(encoders, "fused", module, raising=False)
-
-
-def test_the_triton_form_is_used_once_it_has_given_the_same_bytes(
-    cuda: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def same(codec: Dense, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
-        return dense.encode(codec, x, chunks)
-
-    with_fused(monkeypatch, same)
-    assert encoders._dense(INT4, cuda) is same
-    assert encoders._dense(DENSE["e3m0"], cuda) is dense.encode
-    assert encoders._dense(INT4, torch.device("cpu")) is dense.encode
-
-
-@pytest.mark.parametrize("fault", ["other bytes", "other feedback", "no compiler"])
-def test_a_triton_form_that_does_not_prove_itself_is_told_of_and_not_used(
-    fault: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def wrong(codec: Dense, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
+def faulty(fault: str) -> encoders.Encode:
+    def encode(codec: Codec, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
         if fault == "no compiler":
-            raise RuntimeError("no C compiler")
-        sections = dense.encode(codec, x, chunks)
-        if fault == "other feedback":
+            raise RuntimeError("no compiler")
+        sections = dense.encode(INT4.with_step(2.0) if fault == "loses" else codec, x, chunks)
+        if fault == "leaves":
             x[-1] += 1
-        else:
-            sections[-1][-1] ^= 1
         return sections
 
-    with_fused(monkeypatch, wrong)
-    with caplog.at_level(logging.WARNING):
-        assert encoders._dense(INT4, cuda) is dense.encode
-    assert "Triton" in caplog.text
+    return encode
+
+
+def test_the_cpu_has_its_own_kernels() -> None:
+    assert all(encoders.encoder(codec, torch.device("cpu")) is None for codec in CODECS)
+
+
+@every_codec
+def test_every_codec_has_an_encoder_and_integers_on_cuda_the_one_in_triton(
+    codec: Codec, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "_fused", faulty("none"))
+    assert encoders.encoder(codec, torch.device("xpu")) is encoders.torch_operations(codec)
+    if codec.name in ("int8", "int4"):
+        assert encoders.encoder(codec, cuda) is encoders._fused
+    else:
+        assert encoders.encoder(codec, cuda) is encoders.torch_operations(codec)
+
+
+@pytest.mark.parametrize("fault", ["leaves", "loses", "no compiler"])
+def test_what_does_not_encode_a_sample_soundly_is_told_of_and_not_used(
+    fault: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoders, "_fused", faulty(fault))
+    assert encoders.encoder(INT4, cuda) is dense.encode
+    assert "Triton cannot encode int4 on cuda:" in caplog.text
+    assert fault in caplog.text
+    monkeypatch.setattr(encoders, "torch_operations", lambda codec: faulty(fault))
+    encoders.encoder.cache_clear()
+    assert encoders.encoder(INT4, cuda) is None
+
+
+def test_a_full_device_is_not_one_that_cannot_encode(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> list[U8]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(encoders, "_fused", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders.encoder(INT4, cuda)

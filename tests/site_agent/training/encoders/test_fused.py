@@ -43,6 +43,8 @@ def values(kind: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     match kind:
         case "wide":
             return (x * 2.0 ** rng.integers(-30, 30, x.size)).astype(np.float32)
+        case "huge":
+            return (x * np.float32(1e30)).astype(np.float32)  # whose squares overflow
         case "tiny":
             return (x * np.float32(1e-39)).astype(np.float32)
         case "sparse":
@@ -50,7 +52,7 @@ def values(kind: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return x
 
 
-@pytest.mark.parametrize("kind", ["normal", "wide", "tiny", "sparse"])
+@pytest.mark.parametrize("kind", ["normal", "wide", "huge", "tiny", "sparse"])
 @pytest.mark.parametrize(("name", "step"), [("int8", 0.0), ("int8", 0.1), ("int4", 0.0), ("int4", 1.0)])
 def test_the_kernel_encodes_and_leaves_what_the_cpu_does(fused: Any, name: str, step: float, kind: str) -> None:
     codec, x = grid(name, step), values(kind)
