@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import CloseRound, RunCore
@@ -25,7 +26,6 @@ from coordinator.service import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
 from shared.compression import usual_level
 from shared.config import RunConfig
-from shared.fragments import F32
 from shared.task import Shard, build_model, load_task
 from shared.wire import open_container
 from site_agent.contribution import Address, Anchor, Parcel, encode
@@ -53,8 +53,8 @@ class _Body:
     trainer: Trainer
     stream: Any
     anchors: list[Anchor] = field(default_factory=list)
-    snapshots: dict[int, F32] = field(default_factory=dict)
-    residuals: dict[int, F32] = field(default_factory=dict)
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
     arrivals: dict[int, Anchor] = field(default_factory=dict)
 
 
@@ -108,7 +108,7 @@ class TrainedRun(VirtualRun):
         body = self._bodies[site.name]
         body.anchors = list(self._published_now)
         for p, anchor in enumerate(body.anchors):
-            body.trainer.write(p, anchor.flat)
+            body.trainer.write(p, torch.from_numpy(anchor.flat))
 
     def step(self, site: VirtualSite) -> int:
         body, inner, run = self._bodies[site.name], self.config.inner, self.config.run
@@ -138,8 +138,11 @@ class TrainedRun(VirtualRun):
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
         body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
         anchor = body.arrivals.pop(p)
-        theta, old, snapshot = body.trainer.read(p), body.anchors[p].flat, body.snapshots.pop(p, None)
-        body.trainer.write(p, take_up(how, theta, old, snapshot, anchor.flat, rounds.align, rounds.blend))
+        theta, since = body.trainer.read(p), body.snapshots.pop(p, None)
+        if how == "rebase":
+            since = torch.from_numpy(body.anchors[p].flat)
+        published = torch.from_numpy(anchor.flat)
+        body.trainer.write(p, take_up(how, theta, since, published, rounds.align, rounds.blend))
         body.anchors[p] = anchor
 
     # -- the coordinator's tensors

@@ -16,10 +16,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from shared.compression import Compression
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, IsthmusError, RefusedError
-from shared.fragments import F32
 from shared.protocol import PART_BYTES, Code, Evaluation, Joined, OpenUpload, Orders
 from shared.sharding import Slice
 from shared.task import Manifest
@@ -272,7 +273,7 @@ class Courier:
                     case _:
                         raise
 
-    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, F32 | None]:
+    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, Tensor | None]:
         """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
         the outbox from here on."""
         p, base, home = parcel.fragment, parcel.anchor.version, self._homes[parcel.fragment]

@@ -24,11 +24,11 @@ from torch import Tensor
 from shared.config import RunConfig
 from shared.errors import FaultError, IsthmusError
 from shared.files import DISK, Disk
-from shared.fragments import F32, Layout, digest_flat
+from shared.fragments import Layout, digest_flat
 from shared.protocol import FragmentVersion, Joined, Orders, ShardMessage
 from shared.task import BatchStream, Shard
 from site_agent import checkpoint
-from site_agent.contribution import Anchor, DivergedError, Parcel
+from site_agent.contribution import Anchor, DivergedError, Parcel, on_device_of
 from site_agent.core.alignment import How, take_up
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
 from site_agent.courier import Courier
@@ -74,11 +74,13 @@ class Trains(Protocol):
     """What the learner needs of a trainer; see site_agent.training.trainer."""
 
     skipped_steps: int
+    device: torch.device
+    """That of the weights, of snapshots and of error feedback."""
 
     def seed(self, seed: int) -> None: ...
     def step(self, stream: BatchStream, lr: float) -> tuple[float, int, float]: ...
-    def read(self, fragment: int) -> F32: ...
-    def write(self, fragment: int, flat: F32) -> None: ...
+    def read(self, fragment: int) -> Tensor: ...
+    def write(self, fragment: int, flat: Tensor) -> None: ...
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None: ...
 
@@ -151,8 +153,8 @@ class Learner:
         self.core: SiteCore
         self.stream: BatchStream
         self.anchors: list[Anchor] = []
-        self.snapshots: dict[int, F32] = {}
-        self.residuals: dict[int, F32] = {}
+        self.snapshots: dict[int, Tensor] = {}
+        self.residuals: dict[int, Tensor] = {}
         self.arrivals: dict[int, ArrivedAnchor] = {}
         self._streams, self._evaluator, self._clock = streams, evaluator, clock
         self._orders, self._at_join, self._step_seconds = joined.orders, joined.fragments, calibrated
@@ -222,7 +224,7 @@ class Learner:
         self.trainer.seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
-            self.trainer.write(p, anchor.flat)
+            self.trainer.write(p, torch.from_numpy(anchor.flat))
         versions = [(anchor.version, anchor.tokens) for anchor in anchors]
         pace = self._orders.pace or float(self.run_config.inner.steps)
         self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers or 1.0)
@@ -255,7 +257,8 @@ class Learner:
         contributed = at_join.contributed
         if contributed < newest.version:
             return
-        self.snapshots[p] = newest.flat.copy()  # a checkpoint takes no tensor twice
+        # A copy: a checkpoint takes no tensor twice.
+        self.snapshots[p] = torch.tensor(newest.flat, device=self.trainer.device)
         self.core.fragments[p].in_flight = InFlight(
             contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
         )
@@ -277,8 +280,10 @@ class Learner:
             Anchor(version, digest, merged, tensors[f"anchor.{p}"].numpy())
             for p, (version, digest, merged) in enumerate(manifest["anchors"])
         ]
-        self.snapshots = {p: tensors[f"snapshot.{p}"].numpy() for p in fragments if f"snapshot.{p}" in tensors}
-        self.residuals = {p: tensors[f"residual.{p}"].numpy() for p in fragments if f"residual.{p}" in tensors}
+        self.snapshots, self.residuals = (
+            {p: tensors[f"{kind}.{p}"].to(self.trainer.device) for p in fragments if f"{kind}.{p}" in tensors}
+            for kind in ("snapshot", "residual")
+        )
         self.stream = self._stream_of(self._orders)
         self._go_on_in_the_data(manifest)
         records = self._outbox.load(self.courier.addresses)
@@ -453,8 +458,11 @@ class Learner:
         """Takes up the arrived version of fragment `p`."""
         arrival, rounds = self.arrivals.pop(p), self.run_config.rounds
         arrived, self._jumped = arrival.anchor, self._jumped or arrival.jumped
-        theta, anchor, snapshot = self.trainer.read(p), self.anchors[p].flat, self.snapshots.pop(p, None)
-        self.trainer.write(p, take_up(how, theta, anchor, snapshot, arrived.flat, rounds.align, rounds.blend))
+        theta, since = self.trainer.read(p), self.snapshots.pop(p, None)
+        if how == "rebase":
+            since = on_device_of(theta, self.anchors[p].flat)
+        published = on_device_of(theta, arrived.flat)
+        self.trainer.write(p, take_up(how, theta, since, published, rounds.align, rounds.blend))
         self.anchors[p] = arrived
         self.core.aligned(p)
         self.metrics.version.labels(p).set(arrived.version)
@@ -604,8 +612,8 @@ class Learner:
         """A checkpoint's tensors (copies) and manifest."""
         tensors, plain = self.trainer.state()
         tensors |= {f"anchor.{p}": torch.from_numpy(anchor.flat) for p, anchor in enumerate(self.anchors)}
-        tensors |= {f"snapshot.{p}": torch.from_numpy(flat) for p, flat in self.snapshots.items()}
-        tensors |= {f"residual.{p}": torch.from_numpy(flat) for p, flat in self.residuals.items()}
+        tensors |= {f"snapshot.{p}": flat.cpu() for p, flat in self.snapshots.items()}
+        tensors |= {f"residual.{p}": flat.cpu() for p, flat in self.residuals.items()}
         tensors["random"] = torch.get_rng_state()
         manifest = {
             "run": self.run_id,

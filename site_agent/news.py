@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.fragments import F32
+from torch import Tensor
+
 from shared.protocol import DataReport, Orders
 from site_agent.contribution import Anchor
 from site_agent.core.alignment import How
@@ -20,7 +21,7 @@ class Accepted:
 
     fragment: int
     version: int
-    residual: F32 | None
+    residual: Tensor | None
 
 
 @dataclass(frozen=True)

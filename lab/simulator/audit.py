@@ -206,10 +206,10 @@ class Auditor:
                 continue
             if flight is not None and flight.holding is None:
                 continue  # whether it is delivered is not known here
-            since = learner.anchors[p].flat if flight is None else learner.snapshots[p]
-            held = since - learner.trainer.read(p)
+            since = learner.anchors[p].flat if flight is None else learner.snapshots[p].numpy()
+            held = since - learner.trainer.read(p).numpy()
             if (residual := learner.residuals.get(p)) is not None:
-                held = held + residual
+                held = held + residual.numpy()
             delivered = self._delivered.get((site, p), np.zeros(PLACES, np.float32))
             wrong = np.abs(delivered + held - taken)
             if wrong.max() > ROUNDING:

@@ -92,6 +92,7 @@ class CountingTrainer:
     """The trainer of a simulated site; see site_agent.learner.Trains."""
 
     skipped_steps = 0
+    device = torch.device("cpu")
 
     def __init__(self, fragments: int, stride: Stride) -> None:
         self._stride = stride
@@ -108,11 +109,11 @@ class CountingTrainer:
             theta[place] -= self._stride.here[place]
         return 1.0, TOKENS, self.seconds
 
-    def read(self, fragment: int) -> F32:
-        return self.theta[fragment].copy()
+    def read(self, fragment: int) -> Tensor:
+        return torch.from_numpy(self.theta[fragment].copy())
 
-    def write(self, fragment: int, flat: F32) -> None:
-        self.theta[fragment] = flat.copy()
+    def write(self, fragment: int, flat: Tensor) -> None:
+        self.theta[fragment] = flat.numpy().copy()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {f"model.{p}": torch.from_numpy(theta.copy()) for p, theta in enumerate(self.theta)}, {}

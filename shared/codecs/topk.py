@@ -22,7 +22,7 @@ import numpy as np
 
 from shared.codecs import topk_kernels as kernels
 from shared.codecs.codec import NOTHING, Codec, refuse_flaw
-from shared.codecs.kernels import F32, U8
+from shared.codecs.kernels import F32, I32, U8
 from shared.codecs.topk_kernels import BLOCK
 
 MOST_KEPT = 1024
@@ -54,6 +54,15 @@ class TopK(Codec):
         flaw, used = kernels.encode(self.k, x, raw, into, np.float32(sign))
         self.require_sound(flaw)
         return raw[:used]
+
+    def write(self, indices: I32, values: F32, elements: int) -> tuple[U8, F32]:
+        """The raw bytes of a chunk whose blocks' k largest were found elsewhere (their places in order and their
+        values, int32 and fp32 (blocks, k)), and what they decode to, fp32 (blocks, k). A short last block keeps fewer,
+        which come first. Raises ValueError as `encode`."""
+        raw, decoded = np.empty(self.size(elements), dtype=np.uint8), np.empty_like(values)
+        flaw, used = kernels.write(self.k, elements, indices, values, raw, decoded)
+        self.require_sound(flaw)
+        return raw[:used], decoded
 
     def accumulate(self, raw: U8, weight: float, acc: F32) -> None:
         kernels.accumulate(self.k, raw, np.float32(weight), acc)

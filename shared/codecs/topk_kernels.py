@@ -16,6 +16,7 @@ from shared.codecs.kernels import (
     SOUND,
     TOO_LARGE,
     U8,
+    U16,
     U32,
     WRONG_LENGTH,
 )
@@ -177,53 +178,112 @@ def _write_indices(indices: I32, mode: int, out: U8) -> int:
 
 
 @_jit
+def _places(k: int, elements: int) -> tuple[int, int, int]:
+    """(blocks, where their values begin, where their indices begin) in the raw bytes of a chunk."""
+    blocks = (elements + BLOCK - 1) // BLOCK
+    if blocks == 0:
+        return 0, 0, 0
+    last = kept(k, elements - (blocks - 1) * BLOCK)
+    return blocks, 5 * blocks, 5 * blocks + (blocks - 1) * ((k + 3) // 4) + (last + 3) // 4
+
+
+@_jit
+def _new_scratch() -> tuple[U32, F32]:
+    """What `_write_block` works in."""
+    return np.empty(2, np.uint32), np.empty(1, np.float32)
+
+
+@_jit
+def _write_block(
+    indices: I32, values: F32, levels: U16, codes: U8, coded: U8, decoded: F32, scratch: tuple[U32, F32]
+) -> tuple[int, int, int]:
+    """Writes what is kept of a block, `values` at `indices` in order, as its two `levels`, two bits of each in `codes`
+    and `coded` indices: (what is wrong with the values, the mode, the bytes that the indices take). `decoded` is what
+    they decode to."""
+    level_bits, one = scratch
+    level, bits = level_bits.view(np.float32), values.view(np.uint32)
+    largest = np.uint32(0)
+    for n in range(values.size):
+        largest = max(largest, bits[n] & _MAGNITUDE)
+        decoded[n] = abs(values[n])
+    if largest >= LARGEST:
+        return NOT_FINITE if largest >= _INFINITY else TOO_LARGE, 0, 0
+    low, high = _fit(decoded)
+    for n, fitted in enumerate((low, high)):
+        level_bits[n] = _bf16(fitted, one)
+        levels[n] = np.uint16(level_bits[n])
+        level_bits[n] <<= np.uint32(16)
+    middle = (np.float64(level[0]) + np.float64(level[1])) / 2
+    for n in range(values.size):
+        code = np.uint8(np.float64(decoded[n]) > middle)
+        negative = bits[n] > _MAGNITUDE
+        decoded[n] = -level[code] if negative else level[code]
+        code |= np.uint8(2) if negative else np.uint8(0)
+        if n % 4 == 0:
+            codes[n // 4] = np.uint8(0)
+        codes[n // 4] |= code << np.uint8(2 * (n % 4))
+    mode = _best_mode(indices)
+    return SOUND, mode, _write_indices(indices, mode, coded)
+
+
+@_jit
 def encode(k: int, x: F32, raw: U8, target: F32, sign: np.float32) -> tuple[int, int]:
     """Encodes a chunk into `raw`, and adds `sign` times what it decodes to to `target` (empty: to nothing; it may be
     `x` itself): (what is wrong with the values, the bytes taken)."""
-    blocks = (x.size + BLOCK - 1) // BLOCK
-    levels = raw[: 4 * blocks].view(np.uint16)
-    value_at = 5 * blocks
-    index_at = value_at + (blocks - 1) * ((k + 3) // 4) if blocks else 0
-    if blocks:
-        index_at += (kept(k, x.size - (blocks - 1) * BLOCK) + 3) // 4
-    bits = x.view(np.uint32)
+    blocks, value_at, index_at = _places(k, x.size)
+    levels, bits, scratch = raw[: 4 * blocks].view(np.uint16), x.view(np.uint32), _new_scratch()
     magnitudes, histogram = np.empty(BLOCK, np.uint32), np.empty(2048, np.int32)
-    indices, chosen = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
-    level_bits, scratch = np.empty(2, np.uint32), np.empty(1, np.float32)
-    level = level_bits.view(np.float32)
+    indices, values, decoded = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for b in range(blocks):
         start, stop = b * BLOCK, min((b + 1) * BLOCK, x.size)
         size, count = stop - start, kept(k, stop - start)
-        largest = np.uint32(0)
         for i in range(size):
             magnitudes[i] = bits[start + i] & _MAGNITUDE
-            largest = max(largest, magnitudes[i])
-        if largest >= LARGEST:
-            return NOT_FINITE if largest >= _INFINITY else TOO_LARGE, 0
         _choose(magnitudes[:size], count, histogram, indices)
         for n in range(count):
-            chosen[n] = abs(x[start + indices[n]])
-        low, high = _fit(chosen[:count])
-        for n, fitted in enumerate((low, high)):
-            level_bits[n] = _bf16(fitted, scratch)
-            levels[2 * b + n] = np.uint16(level_bits[n])
-            level_bits[n] <<= np.uint32(16)
-        middle = (np.float64(level[0]) + np.float64(level[1])) / 2
-        for n in range(count):
-            code = np.uint8(np.float64(chosen[n]) > middle)
-            i = start + indices[n]
-            negative = bits[i] > _MAGNITUDE
-            if target.size:
-                value = level[code]
-                target[i] += sign * (-value if negative else value)
-            code |= np.uint8(2) if negative else np.uint8(0)
-            if n % 4 == 0:
-                raw[value_at + n // 4] = np.uint8(0)
-            raw[value_at + n // 4] |= code << np.uint8(2 * (n % 4))
-        value_at += (count + 3) // 4
-        mode = _best_mode(indices[:count])
+            values[n] = x[start + indices[n]]
+        flaw, mode, used = _write_block(
+            indices[:count],
+            values[:count],
+            levels[2 * b : 2 * b + 2],
+            raw[value_at:],
+            raw[index_at:],
+            decoded[:count],
+            scratch,
+        )
+        if flaw != SOUND:
+            return flaw, 0
         raw[4 * blocks + b] = np.uint8(mode)
-        index_at += _write_indices(indices[:count], mode, raw[index_at:])
+        value_at, index_at = value_at + (count + 3) // 4, index_at + used
+        if target.size:
+            for n in range(count):
+                target[start + indices[n]] += sign * decoded[n]
+    return SOUND, index_at
+
+
+@_jit
+def write(k: int, elements: int, indices: I32, values: F32, raw: U8, decoded: F32) -> tuple[int, int]:
+    """`encode` of a chunk of which others have chosen what is kept: of each block the places, in order, and the values,
+    int32 and fp32 (blocks, k). `decoded` (blocks, k) becomes what they decode to; of a short last block the rest of the
+    row says nothing, and is 0 there."""
+    blocks, value_at, index_at = _places(k, elements)
+    levels, scratch = raw[: 4 * blocks].view(np.uint16), _new_scratch()
+    for b in range(blocks):
+        count = kept(k, min(BLOCK, elements - b * BLOCK))
+        decoded[b, count:] = np.float32(0)
+        flaw, mode, used = _write_block(
+            indices[b, :count],
+            values[b, :count],
+            levels[2 * b : 2 * b + 2],
+            raw[value_at:],
+            raw[index_at:],
+            decoded[b, :count],
+            scratch,
+        )
+        if flaw != SOUND:
+            return flaw, 0
+        raw[4 * blocks + b] = np.uint8(mode)
+        value_at, index_at = value_at + (count + 3) // 4, index_at + used
     return SOUND, index_at
 
 
@@ -285,11 +345,7 @@ def _flaw_of_levels(low: np.uint16, high: np.uint16) -> int:
 @_jit
 def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32) -> tuple[int, float]:
     """acc += weight · decoded (to nothing where it is empty): (what is wrong, Σ decoded²)."""
-    blocks = (elements + BLOCK - 1) // BLOCK
-    if blocks == 0:
-        return SOUND if raw.size == 0 else WRONG_LENGTH, 0.0
-    value_at = 5 * blocks
-    index_at = value_at + (blocks - 1) * ((k + 3) // 4) + (kept(k, elements - (blocks - 1) * BLOCK) + 3) // 4
+    blocks, value_at, index_at = _places(k, elements)
     if raw.size < index_at:
         return WRONG_LENGTH, 0.0
     indices = np.empty(k, np.int32)

@@ -1,8 +1,8 @@
 """The trainer: one model on one device, its inner optimizer and its data, and the fragments as flat vectors.
 
-Weights leave and enter the model as flat fp32 vectors on the CPU, because anchors must be the same bits
-everywhere and their arithmetic is done there. The inner optimizer's state stays through every alignment
-(DiLoCo, arXiv 2311.08105).
+Weights leave and enter the model as flat fp32 vectors on its device: pseudo-gradients are made and encoded there, and
+weights aligned. Only anchors, which must be the same bits everywhere, live on the CPU, where their arithmetic is
+done. The inner optimizer's state stays through every alignment (DiLoCo, arXiv 2311.08105).
 """
 
 from __future__ import annotations
@@ -76,21 +76,18 @@ class Trainer:
         """Sets the random state of every device, which dropout draws from."""
         torch.manual_seed(seed)
 
-    def read(self, fragment: int) -> F32:
-        """The fragment's weights now, as a new flat fp32 vector."""
+    def read(self, fragment: int) -> Tensor:
+        """The fragment's weights now, as a new flat fp32 vector on the model's device."""
+        parts = [self.parameters[t.name].detach().reshape(-1) for t in self.layout.fragments[fragment].tensors]
+        return torch.cat([part.to(torch.float32) for part in parts])
+
+    def write(self, fragment: int, flat: Tensor) -> None:
+        """Sets the fragment's weights from a flat fp32 vector on any device."""
         described = self.layout.fragments[fragment]
         with torch.no_grad():
-            arrays = {
-                t.name: self.parameters[t.name].detach().to(device="cpu", dtype=torch.float32).numpy()
-                for t in described.tensors
-            }
-        return described.flatten(arrays)
-
-    def write(self, fragment: int, flat: F32) -> None:
-        """Sets the fragment's weights from a flat fp32 vector."""
-        with torch.no_grad():
-            for name, array in self.layout.fragments[fragment].unflatten(flat).items():
-                self.parameters[name].copy_(torch.from_numpy(array))
+            for tensor in described.tensors:
+                part = flat[slice(*described.offsets[tensor.name])]
+                self.parameters[tensor.name].copy_(part.view(tensor.shape))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and inner optimizer as named tensors (copies), and what of them is not a tensor."""

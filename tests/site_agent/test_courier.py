@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shared.config import RunConfig, WireTable, parse
 from shared.errors import ConfigError
@@ -131,7 +132,7 @@ async def courier(coordinators: list[Coordinator], news: asyncio.Queue[Event]) -
 def parcel(fragment: int, number: int) -> Parcel:
     anchor = Anchor(7, "0" * 32, 0, np.zeros(4, np.float32))
     snapshot = np.full(4, fragment + 1, np.float32)
-    return Parcel(fragment, anchor, snapshot, None, 10, 5, number, progress=((0, 0, 3),))
+    return Parcel(fragment, anchor, torch.from_numpy(snapshot), None, 10, 5, number, progress=((0, 0, 3),))
 
 
 async def heard(news: asyncio.Queue[Event], true: Callable[[Event], Any]) -> Event:

@@ -119,6 +119,7 @@ def test_integer_codecs_err_by_half_a_step_of_their_block(name: str, x: F32) -> 
 @quick
 def test_a_coarse_grid_is_no_coarser_than_it_was_asked_for_and_clips_nothing(step: float, x: F32) -> None:
     x = np.clip(x, -1e17, 1e17)  # beyond, the squares overflow
+    x[np.abs(x) < 1e-17] = 0  # and below they lose their bits
     codec = grid("int4", step)
     error = np.abs(codec.decode(codec.encode(x), x.size).astype(np.float64) - x)
     for at in range(0, x.size, 64):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from site_agent.core.alignment import Rule, align
@@ -64,7 +65,8 @@ class Site:
                 self.core.accepted(p, base + 1, 0.0)
             case Align(p, version):
                 published = self.outer.versions[p][version]
-                self.theta[p] = align(self.rule, self.theta[p], self.snapshot.pop(p), published, self.alpha)
+                flat = [torch.from_numpy(each) for each in (self.theta[p], self.snapshot.pop(p), published)]
+                self.theta[p] = align(self.rule, *flat, self.alpha).numpy()
                 self.anchor[p] = published
                 self.core.aligned(p)
                 self.local[p, self.core.steps] = float(self.theta[p][0])
