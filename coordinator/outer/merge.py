@@ -117,10 +117,10 @@ class Merge:
             return NOTHING, _NO_DELTA
         if terms.momentum or not isinstance(self._groups[-1].codec, Dense):
             return NOTHING, self._sum(section, chunk)
-        last = self._read(self._groups[-1], terms.weights, section, chunk)
-        if len(self._groups) == 1:
-            return last, _NO_DELTA
-        return last, self._sum_groups(self._groups[:-1], terms.weights, section, chunk)
+        *before, last = self._groups
+        # First, because both read into the same memory.
+        delta = self._sum_groups(before, terms.weights, section, chunk) if before else _NO_DELTA
+        return self._read(last, terms.weights, section, chunk), delta
 
     def cosine(self, merged_squares: Sequence[float]) -> float | None:
         """The mean cosine between the contributions, before a correction turned them or RDA brought their sum to its

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.api import app
 from coordinator.publication import SNAPSHOTS_KEPT
 from shared.fragments import digest_flat
 from shared.wire import blob_digest, open_container
@@ -42,6 +43,24 @@ async def test_a_waiting_site_gets_the_delta_as_soon_as_it_is_published(fleet: A
     answer = await waiting
     with open_container(answer.body, fleet.coordinator.layout.fragments[0]) as delta:
         assert (delta.header.kind, delta.header.version) == ("delta", 1)
+
+
+async def test_a_file_goes_out_in_pieces_between_which_the_loop_is_free(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await merged(fleet)
+    whole = (await site.published(0, 1)).body
+    loop, pieces = asyncio.get_running_loop(), list[tuple[int, int]]()
+    sendfile = loop.sendfile
+
+    async def counted(transport: Any, file: Any, offset: int = 0, count: int | None = None, **more: Any) -> int:
+        pieces.append((offset, count or 0))
+        return await sendfile(transport, file, offset, count, **more)
+
+    monkeypatch.setattr(app, "SEND_BYTES", 64)
+    monkeypatch.setattr(loop, "sendfile", counted)
+    assert (await site.published(0, 1)).body == whole
+    assert pieces == [(at, min(64, len(whole) - at)) for at in range(0, len(whole), 64)]
 
 
 async def test_a_version_that_is_not_there_yet_is_told_with_the_newest(fleet: Any) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coordinator.core.rounds import Contribution, Policy
 from coordinator.core.rounds import weights as weights_of
+from coordinator.outer import merge
 from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import OuterRule
 from coordinator.outer.step import OuterState, Stepped, outer_step
@@ -132,6 +133,24 @@ def test_the_merge_is_the_weighted_sum_of_what_was_decoded(codec: str, pool: Thr
     expected = state.master - np.float32(1) * expected
     step(state, merged, replace(SGD, lr=1.0), pool)
     assert state.master.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("group", [1, merge.GROUP_BYTES])
+def test_contributions_of_many_codecs_are_summed_in_order_however_they_are_grouped(
+    group: int, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense ones side by side, topk2's as they come, first, between and last."""
+    monkeypatch.setattr(merge, "GROUP_BYTES", group)
+    for codecs in (["int4"] * 3, ["topk2-256", "int8", "int8", "topk2-256", "fp32"], ["bf16", "topk2-64"]):
+        merged = [sent(values(n), codec=codec, weight=0.1 * (n + 1)) for n, codec in enumerate(codecs)]
+        total = np.zeros(SMALL.size, np.float32)
+        for each in merged:
+            for section, chunk in enumerate(SMALL.chunks()):
+                each.container.accumulate(section, each.weight, total[chunk.start : chunk.stop])
+        state = states()
+        wanted = state.master - np.float32(0.4) * total
+        step(state, merged, SGD, pool)
+        assert state.master.tobytes() == wanted.tobytes()
 
 
 def test_a_contribution_that_is_cut_short_stops_the_step(pool: ThreadPoolExecutor) -> None:

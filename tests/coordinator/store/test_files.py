@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,6 +42,30 @@ def test_a_flipped_bit_is_told_by_the_blobs_name(blobs: Blobs) -> None:
     path.write_bytes(b"hellp")
     with pytest.raises(CorruptError, match=rf"{path} is corrupt.*restore it from a backup$"):
         blobs.verify(HELLO_DIGEST)
+
+
+def test_what_this_process_wrote_is_not_read_again_and_what_another_wrote_is(blobs: Blobs) -> None:
+    path = blobs.path(blobs.put(HELLO))
+    path.write_bytes(b"hellp")
+    assert blobs.sound(HELLO_DIGEST) == path
+    with pytest.raises(CorruptError, match="is corrupt"):
+        Blobs(blobs.directory).sound(HELLO_DIGEST)
+    blobs.remove(HELLO_DIGEST)
+    with pytest.raises(CorruptError, match="cannot be read"):
+        blobs.sound(HELLO_DIGEST)
+
+
+def test_a_blob_is_hashed_beside_its_writing_as_it_is_without(blobs: Blobs) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        assert blobs.put(b"he", memoryview(b"llo"), executor=executor) == HELLO_DIGEST
+    assert blobs.verify(HELLO_DIGEST).read_bytes() == HELLO
+
+
+def test_what_a_crash_left_without_a_name_is_swept(blobs: Blobs) -> None:
+    blobs.put(HELLO)
+    (blobs.directory / ".half").write_bytes(b"hel")
+    assert blobs.sweep({HELLO_DIGEST}) == 1
+    assert tree_bytes(blobs.directory) == 5
 
 
 def test_a_missing_blob_is_told_by_its_name(blobs: Blobs) -> None:
