@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import TypeVar
 
 from shared.fragments import CHUNK_ELEMENTS, Fragment, Layout
@@ -27,7 +26,7 @@ from shared.protocol import (
     pack,
     unpack,
 )
-from shared.wire import Bytes, Header, header_bound, pack_container, read_header, tensor_table
+from shared.wire import Bytes, Header, blob_digest, header_bound, pack_container, read_header, tensor_table
 
 M = TypeVar("M", bound=Message)
 JOIN_BYTES = 64 << 20
@@ -153,7 +152,7 @@ class Stub:
         )
         sized = pack_container(header, self.sections)
         self._head = sized[: len(sized) - sum(map(len, self.sections))]
-        self._digest = sha256(sized).hexdigest()
+        self._digest = blob_digest(sized)
         return len(sized)
 
     def contribute(self) -> None:

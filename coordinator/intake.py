@@ -10,7 +10,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from hashlib import sha256
+
+from blake3 import blake3
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import Decision, Refusal, RunCore
@@ -202,8 +203,8 @@ class Intake:
             raise Refused(Code.WRONG_DIGEST, "the uploaded bytes do not match the announced digest; upload again")
 
     def _read_through(self, upload: SpooledUpload, base_digest: str | None) -> tuple[Screened, str]:
-        """What is in the container, and the SHA-256 of its bytes."""
-        opening, hashed = upload.opening, sha256()
+        """What is in the container, and the BLAKE3 of its bytes."""
+        opening, hashed = upload.opening, blake3()
         with open_container(upload.path, self._layout.fragments[opening.fragment], [self._codec]) as container:
             header = container.header
             named = (header.kind, header.run, header.site, header.base_version, header.version)

@@ -80,7 +80,7 @@ class Publication:
         return None if round_ is None else round_.published_digest
 
     async def delta(self, fragment: int, version: int, wait: float) -> tuple[Path, str]:
-        """The delta that leads to `version`, its file and SHA-256; waits up to `wait` seconds for it."""
+        """The delta that leads to `version`, its file and digest; waits up to `wait` seconds for it."""
         self._check(fragment)
         deadline = self._clock() + wait
         while version > (newest := self.newest[fragment].version):
@@ -117,7 +117,7 @@ class Publication:
         return True
 
     async def snapshot(self, fragment: int, version: int) -> tuple[Path, str]:
-        """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and SHA-256."""
+        """A snapshot of `version` (the newest, or one that was asked for not long ago): its file and digest."""
         self._check(fragment)
         newest = self.newest[fragment].version
         if version > newest:
@@ -140,7 +140,7 @@ class Publication:
         return path, path.stem.split("-")[2]
 
     def _find_snapshot(self, fragment: int, version: int) -> Path | None:
-        """The file of a snapshot, which has its SHA-256 in its name: pPPPP-vVVVVVVVVV-DIGEST.isthmus."""
+        """The file of a snapshot, which has its digest in its name: pPPPP-vVVVVVVVVV-DIGEST.isthmus."""
         return next(self._store.snapshots.glob(f"p{fragment:04d}-v{version:09d}-*.isthmus"), None)
 
     async def _until(self, fragment: int, version: int) -> None:

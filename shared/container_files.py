@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+from blake3 import blake3
 
 from shared.codecs import codec_named
 from shared.codecs.kernels import F32
@@ -22,7 +23,7 @@ PIECE_BYTES = 1 << 20
 
 
 def write_flat(path: Path, header: Header, fragment: Fragment, flat: F32, zstd_level: int) -> str:
-    """Writes the container that `encode_flat` would make to `path`; returns the SHA-256 of its bytes.
+    """Writes the container that `encode_flat` would make to `path`; returns the BLAKE3 of its bytes.
 
     Raises ValueError on NaN or infinity, OSError where the disk refuses.
     """
@@ -46,10 +47,10 @@ def write_flat(path: Path, header: Header, fragment: Fragment, flat: F32, zstd_l
 
 
 class _Hashed:
-    """A new file, and the SHA-256 of what is written to it."""
+    """A new file, and the BLAKE3 of what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        self._file, self._hash = path.open("wb"), sha256()
+        self._file, self._hash = path.open("wb"), blake3()
 
     def write(self, data: Buffer) -> None:
         self._hash.update(data)

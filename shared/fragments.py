@@ -155,7 +155,7 @@ def digest_flat(flat: F32, chunks: Iterable[Chunk]) -> str:
     """The digest of a version: XXH3-128 over the XXH3-128 of each chunk's little-endian fp32 bytes.
 
     A tree, so that chunks can be hashed in parallel in the pass that writes them. It detects weights that
-    drifted apart, not an adversary: blobs are addressed by SHA-256.
+    drifted apart, not an adversary: blobs are addressed by BLAKE3.
     """
     return combine_digests(digest_chunk(flat[chunk.start : chunk.stop]) for chunk in chunks)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.config import SITE_NAME
 from shared.errors import FormatError
 
-PROTOCOL = 5
+PROTOCOL = 6
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"

@@ -17,13 +17,13 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgpack
 import numpy as np
 import zstandard
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.codecs import Codec, codec_named, grid
@@ -363,8 +363,8 @@ def tensor_table(fragment: Fragment) -> list[tuple[str, list[int]]]:
 
 
 def blob_digest(data: bytes) -> str:
-    """SHA-256 of a whole container, hexadecimal: its address, its ETag, its identity on the wire."""
-    return sha256(data).hexdigest()
+    """BLAKE3 of a whole container (256 bits, hexadecimal): its address, its ETag, its identity on the wire."""
+    return blake3(data).hexdigest()
 
 
 def _decompress(data: memoryview, least: int, most: int, section: int) -> bytes:

@@ -55,7 +55,7 @@ DAMAGED = 5
 FAILURES = 3
 """After so many in a row of one request the coordinator counts as out of reach."""
 _TRANSIENT = {408, 425, 429}
-_SHA256 = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Refusal(RefusedError):
@@ -280,7 +280,7 @@ class _Download:
 
     async def take(self, reply: Reply) -> bytes:
         """The whole body. Raises TransientError where the answer does not go on from what is here, or where the whole
-        is not what its tag says: an object's tag is the SHA-256 of its bytes."""
+        is not what its tag says: an object's tag is the BLAKE3 of its bytes."""
         body, tag = reply.body, reply.headers.get("etag", "").strip('"')
         if reply.status == 206:
             fits = self._fits(reply) and len(self._got) + len(reply.body) == self._whole
@@ -288,7 +288,7 @@ class _Download:
             self._got.clear()
             if not fits:
                 raise TransientError("the rest of a download does not fit its beginning")
-        if _SHA256.fullmatch(tag) and await asyncio.to_thread(blob_digest, body) != tag:
+        if _DIGEST.fullmatch(tag) and await asyncio.to_thread(blob_digest, body) != tag:
             self.damaged += 1
             raise TransientError("the object was damaged on its way")
         return body

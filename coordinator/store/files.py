@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from hashlib import sha256
 from pathlib import Path
+
+from blake3 import blake3
 
 from shared.errors import CorruptError
 from shared.files import DISK, Disk
@@ -33,7 +34,7 @@ REMEMBERED = 4096
 
 
 class Blobs:
-    """Immutable files named by their SHA-256: `blobs/ab/abcdef…`."""
+    """Immutable files named by their BLAKE3 (256 bits): `blobs/ab/abcdef…`."""
 
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self.directory, self._disk = directory, disk
@@ -114,20 +115,20 @@ class Blobs:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal, read in bounded pieces."""
+    """BLAKE3 of a file, hexadecimal, read in bounded pieces."""
     with path.open("rb") as file:
         return _file_digest(file.fileno())
 
 
 def _file_digest(descriptor: int) -> str:
-    digest = sha256()
+    digest = blake3()
     while piece := os.read(descriptor, 1 << 20):
         digest.update(piece)
     return digest.hexdigest()
 
 
 def _digest(pieces: Iterable[Buffer]) -> str:
-    hashed = sha256()
+    hashed = blake3()
     for piece in pieces:
         hashed.update(piece)
     return hashed.hexdigest()

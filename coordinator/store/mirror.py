@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 KEPT = 2
 PIECE_BYTES = 8 << 20
-FORMAT = 1
+FORMAT = 2
 
 
 class Cancelled(Exception):
@@ -53,7 +53,7 @@ class Pass:
     tokens: int
     versions: dict[int, int]
     journal: str
-    journal_sha256: str
+    journal_digest: str
     files: dict[str, int]
 
     def to_json(self) -> str:
@@ -265,7 +265,7 @@ def _restore_pass(place: Place, where: str, each: Pass, path: Path) -> Restored:
         place.get(str(PurePosixPath(where, name)), target)
         if target.stat().st_size != size:
             raise CorruptError(f"{name} has {target.stat().st_size} bytes and should have {size}")
-    if file_digest(path / "journal.sqlite") != each.journal_sha256:
+    if file_digest(path / "journal.sqlite") != each.journal_digest:
         raise CorruptError(f"{each.journal} is not what was written")
     (path / "blobs").mkdir(exist_ok=True)
     run = f"{each.lineage.rpartition('.')[0]}.{uuid.uuid4().hex[:12]}"

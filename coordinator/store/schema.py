@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import xxhash
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _TABLES = {
     "meta": "key TEXT PRIMARY KEY, value TEXT NOT NULL",

@@ -497,5 +497,5 @@ def test_bytes_and_files_read_alike(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.decode(), other.decode())
 
 
-def test_a_blob_is_named_by_its_sha256() -> None:
-    assert blob_digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_a_blob_is_named_by_its_blake3() -> None:
+    assert blob_digest(b"abc") == "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"

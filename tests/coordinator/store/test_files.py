@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from coordinator.store.files import Blobs, file_digest, tree_bytes
 from shared.errors import CorruptError
 
 HELLO = b"hello"
-HELLO_DIGEST = sha256(HELLO).hexdigest()
+HELLO_DIGEST = blake3(HELLO).hexdigest()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_removed_blob_is_gone_and_may_be_removed_again(blobs: Blobs) -> None:
 def test_a_files_digest_is_that_of_all_its_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 8192  # 2 MiB: more than one piece
     (tmp_path / "file").write_bytes(data)
-    assert file_digest(tmp_path / "file") == sha256(data).hexdigest()
+    assert file_digest(tmp_path / "file") == blake3(data).hexdigest()
 
 
 def test_the_size_of_a_tree_counts_every_file(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_journal_of_another_schema_is_refused(journal: Journal, path: Path) ->
     journal.set_meta(schema="9")
     journal.close()
     for read_only in (True, False):
-        with pytest.raises(CorruptError, match="has schema 9; this version reads 4") as caught:
+        with pytest.raises(CorruptError, match="has schema 9; this version reads 5") as caught:
             Journal(path, read_only=read_only)
         one_sentence(caught.value, path)
 
