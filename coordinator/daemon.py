@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import ipaddress
 import logging
 import resource
@@ -103,6 +104,7 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen, shar
             except OSError as error:
                 raise _cannot_listen(listen, error) from None
         await coordinator.start()
+        settle_garbage_collection()
         port = runner.addresses[0][1]
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
         if not listen.insecure and not any(site.has_token for site in coordinator.reader.sites()):
@@ -156,6 +158,13 @@ async def _bound(listen: Listen) -> list[socket.socket]:
             bound.close()
         raise _cannot_listen(listen, error) from None
     return sockets
+
+
+def settle_garbage_collection() -> None:
+    """Takes all that the start has made, libraries included, out of the collector's sight. It stays anyway, and a full
+    collection that walks it holds the event loop, and every other thread, for a tenth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _allow_many_files() -> None:

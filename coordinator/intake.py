@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -36,6 +36,7 @@ LARGEST_NORM = 1e18
 
 SPOOL_BYTES = 512 << 10
 """What an upload in progress may hold in memory before it is written."""
+MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Intake:
         self._clock, self._wall, self._carry_out = machine.clock, machine.wall, carry_out
         self._run, self._layout = store.run_id, store.layout
         self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
+        self.contribution_bound = sum(self._bounds)
+        """Bytes that one contribution to each fragment can have."""
         self._turns: dict[str, asyncio.Lock] = {}
         self.uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2, disk=store.disk)
 
@@ -96,7 +99,7 @@ class Intake:
                 raise Refused(
                     Code.BAD_REQUEST, f"a body of {len(message.body)} bytes where {message.size} were announced"
                 )
-            await self._write(upload, 0, upload.part_bytes, 0, message.body)
+            await self._write(upload, 0, upload.part_bytes, 0, [message.body])
             upload.parts.update(range(upload.part_count))
             outcome = await self.commit(site, id_)
         return Upload(id=id_, part_size=upload.part_bytes, parts=sorted(upload.parts), outcome=outcome)
@@ -114,10 +117,11 @@ class Intake:
         cut = upload.part_bytes
         _, size = upload.part_range(part)
         written = 0
-        async for data in _gathered(pieces, SPOOL_BYTES):
-            if written + len(data) <= size:
-                await self._write(upload, part, cut, written, data)
-            written += len(data)
+        async for held in _gathered(pieces, SPOOL_BYTES):
+            count = sum(map(len, held))
+            if written + count <= size:
+                await self._write(upload, part, cut, written, held)
+            written += count
         if written != size:
             raise Refused(Code.BAD_REQUEST, f"part {part} has {written} bytes and must have {size}")
         if upload.part_bytes != cut:
@@ -255,28 +259,32 @@ class Intake:
         if self.uploads.get(upload.id) is not upload:
             raise Refused(Code.UNKNOWN_UPLOAD, f"upload {upload.id} is no longer open; open it again")
 
-    async def _write(self, upload: SpooledUpload, part: int, cut: int, at: int, data: bytes) -> None:
-        """Writes `data` at `at` of a part of `cut` bytes, unless it is here already, the upload no longer open, or cut
-        finer meanwhile."""
+    async def _write(self, upload: SpooledUpload, part: int, cut: int, at: int, pieces: Sequence[bytes]) -> None:
+        """Writes `pieces` at `at` of a part of `cut` bytes, unless it is here already, the upload no longer open, or
+        cut finer meanwhile."""
         async with upload.lock:
             if part in upload.parts or self.uploads.get(upload.id) is not upload or upload.part_bytes != cut:
                 return
             offset, _ = upload.part_range(part)
             try:
-                await self._workers.on(self._workers.screeners, upload.write, offset + at, data)
+                await self._workers.on(self._workers.screeners, upload.write, offset + at, pieces)
             except OSError as error:
                 raise self._workers.storage_refusal(error) from error
 
 
-async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
-    """The same bytes in pieces of at least `size`, but for the last one."""
+async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[list[bytes]]:
+    """The same bytes, a few pieces of together at least `size` at a time, but for the last ones. Large pieces are
+    passed on as they are, many small ones joined: a link that brings a few bytes at a time must not cost as many
+    objects."""
     held: list[bytes] = []
     count = 0
     async for piece in pieces:
         held.append(piece)
         count += len(piece)
         if count >= size:
-            yield b"".join(held)
+            yield held
             held, count = [], 0
+        elif len(held) == MOST_PIECES:
+            held = [b"".join(held)]
     if held:
-        yield b"".join(held)
+        yield held

@@ -166,6 +166,7 @@ class Coordinator:
             self._carry_out,
         )
         self._states = states
+        self._delta_bound = sum(container_bound(fragment, config.wire.publish) for fragment in self.layout.fragments)
         self._checkpoints = store.checkpoints(config.store.keep_checkpoints)
         self._merge_reader = store.journal.reader()
         self._mirroring = Mirroring(mirror, store, config.store, workers, machine)
@@ -389,12 +390,9 @@ class Coordinator:
 
     def _disk_needed(self) -> int:
         """Bytes that may be written before anything is dropped again: until each fragment's next checkpoint, and it."""
-        wire, needed = self.config.wire, 0
-        for state in self._states:
-            fragment, sites = state.fragment, max(1, len(self.core.roster))
-            a_round = container_bound(fragment, wire.publish) + sites * container_bound(fragment, wire.upload_codec)
-            needed += self.config.store.checkpoint_versions * a_round + 4 * fragment.size * (2 + len(state.slots))
-        return needed
+        rounds, sites = self.config.store.checkpoint_versions, max(1, len(self.core.roster))
+        states = sum(4 * state.fragment.size * (2 + len(state.slots)) for state in self._states)
+        return rounds * (self._delta_bound + sites * self.intake.contribution_bound) + states
 
     def _warn_of_the_disk(self, free: int) -> None:
         """Once, until there is room again."""

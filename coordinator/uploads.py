@@ -7,6 +7,7 @@ is uploaded, so a repeated open finds the upload that is already there.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -59,9 +60,9 @@ class SpooledUpload:
             self.part_bytes = part_bytes
             self.parts &= set(range(self.part_count))
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Writes `data` at its place. Raises OSError. Not synced: the commit does that once."""
-        self.disk.write_at(self.path, offset, data)
+    def write(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """Writes `pieces`, one after the other, at their place; the commit syncs them. Raises OSError."""
+        self.disk.write_at(self.path, offset, pieces)
 
 
 class Uploads:

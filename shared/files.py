@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -20,13 +20,19 @@ class Disk:
         """`write` makes the file `path`. Not durable before `sync`."""
         write(path)
 
-    def write_at(self, path: Path, offset: int, data: bytes) -> None:
-        """`data` at its place in the file `path`, which is made if need be. Not durable before `sync`."""
+    def write_at(self, path: Path, offset: int, pieces: Sequence[bytes]) -> None:
+        """`pieces`, at most 1024, one after the other at their place in the file `path`, which is made if need be. Not
+        durable before `sync`."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, data[written:], offset + written)
+            left: list[bytes | memoryview] = list(pieces)
+            while left:
+                written = os.pwritev(descriptor, left, offset)
+                offset += written
+                while left and written >= len(left[0]):
+                    written -= len(left.pop(0))
+                if written:
+                    left[0] = memoryview(left[0])[written:]
         finally:
             os.close(descriptor)
 

@@ -8,11 +8,12 @@ when all of it is there.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -76,7 +77,19 @@ class Merge:
 
     def over_chunks(self, work: Callable[[int, Chunk], T]) -> list[T]:
         """`work(section, chunk)` of every chunk, in parallel; the results in order."""
-        return list(self._executor.map(work, range(len(self._chunks)), self._chunks))
+        done: list[T | None] = [None] * len(self._chunks)
+        left = iter(enumerate(self._chunks))
+
+        def go() -> None:
+            # Each thread takes the next chunk itself: a task of the executor for each costs as much as decoding it.
+            for section, chunk in left:
+                done[section] = work(section, chunk)
+
+        threads = [self._executor.submit(go) for _ in range(min(os.cpu_count() or 1, len(self._chunks)))]
+        wait(threads)  # all of them, whatever one of them raises: nothing may still work on a state that is given up
+        for thread in threads:
+            thread.result()
+        return cast(list[T], done)
 
     def prepare(self) -> None:
         """The passes that come before the step, if the rule needs any."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shared.files import Disk
@@ -44,10 +44,10 @@ class FaultyDisk(Disk):
             self._unsynced.add(path)
             super().write(path, write)
 
-    def write_at(self, path: Path, offset: int, data: bytes) -> None:
+    def write_at(self, path: Path, offset: int, pieces: Sequence[bytes]) -> None:
         with self._operation():
             self._unsynced.add(path)
-            super().write_at(path, offset, data)
+            super().write_at(path, offset, pieces)
 
     def allocate(self, path: Path, size: int) -> None:
         with self._operation():
