@@ -5,10 +5,15 @@ contribution in parts and is acknowledged once it is durable; the coordinator me
 receives the delta over its long poll. Medians over the rounds of a row; each row has a coordinator of its own.
 
 `merge_seconds` is what the coordinator's merges took, `tcp_seconds` what the same bytes take between plain sockets on
-this machine (K streams in, then K out), measured beside it; `kernel_share` is the two over the round's seconds, so how
-much of a round is spent where it must be. `loop_lag_seconds` is the longest lag of the coordinator's event loop,
-`peak_rss_bytes` its peak memory, `cpu_seconds` its processor time for a round. `bound_fraction` is the merge's (see
-benchmarks.merge) over the whole round.
+this machine (K streams in, then K out), measured beside it. `loop_lag_seconds` is the longest lag of the coordinator's
+event loop, `peak_rss_bytes` its peak memory, `cpu_seconds` its processor time for a round. `bound_fraction` is the
+merge's (see benchmarks.merge) over the whole round.
+
+Where the time goes is sampled in as many rounds more (see benchmarks.profiler; null without perf), in the coordinator
+and in the sites, which is both ends of the kernel's TCP: `share_kernels` is that of the numba kernels, `share_digests`
+of the XXH3 of what they wrote, `share_tcp` of the network; `kernel_share` is the three together. The rest is
+`share_files` (spool, blobs, their syncs), `share_names` (BLAKE3 of what comes and goes), `share_python` (both ends),
+`share_other`.
 """
 
 from __future__ import annotations
@@ -30,10 +35,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import arguments, copy_bytes_per_second, report
+from benchmarks.machine import arguments, copy_bytes_per_second, report, touch_memory
 from benchmarks.merge import STATE_BYTES
 from benchmarks.processes import free_port, write_toml
+from benchmarks.profiler import KINDS, Profile
 from benchmarks.stubs import RECEIVE_BYTES, Stub
+from coordinator.lag import WINDOW_SECONDS
 from lab.fleet import Child, Fleet, coordinator_status
 from shared.codecs import codec_named
 from shared.fragments import CHUNK_ELEMENTS
@@ -80,7 +87,9 @@ while True:
     peer, _ = listener.accept()
     threading.Thread(target=serve, args=(peer,), daemon=True).start()
 """
-BEAT_SECONDS = 5.0
+SETTLE_SECONDS = 0.5
+"""Until perf has begun."""
+SPENT_WELL = ("kernels", "digests", "tcp")
 
 
 def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> dict[str, Any]:
@@ -93,9 +102,15 @@ def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> 
         with ThreadPoolExecutor(sites) as pool:
             list(pool.map(Stub.join, stubs))
             _until_started(port)
-            found = [_round(pool, stubs, port, child) for _ in range(rounds + 1)][1:]
+            _round(pool, stubs, port, child)
+            time.sleep(WINDOW_SECONDS)  # the largest lag of what went before is forgotten
+            found = [_round(pool, stubs, port, child) for _ in range(rounds)]
+            with Profile([child.process.pid, os.getpid()], Path(directory)) as profile:
+                time.sleep(SETTLE_SECONDS)
+                windows = [_round(pool, stubs, port, child)["window"] for _ in range(rounds)]
             for stub in stubs:
                 stub.close()
+        shares = profile.shares(windows)
         up, down = found[0]["up"], found[0]["down"]
         parameters, seconds = layers << 20, statistics.median(each["seconds"] for each in found)
         tcp = statistics.median(_tcp(sites, up // sites, down // sites) for _ in range(rounds))
@@ -109,7 +124,8 @@ def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> 
             "seconds": seconds,
             "merge_seconds": merge,
             "tcp_seconds": tcp,
-            "kernel_share": (merge + tcp) / seconds,
+            "kernel_share": sum(shares[kind] for kind in SPENT_WELL) if shares else None,
+            **{f"share_{kind}": shares.get(kind) for kind in KINDS if kind != "zstd"},
             "params_per_second": parameters / seconds,
             "bytes_moved": up + STATE_BYTES * parameters + down // sites,
             "bytes_up_per_param": up / sites / parameters,
@@ -159,16 +175,17 @@ def _round(pool: ThreadPoolExecutor, stubs: list[Stub], port: int, child: Child)
     sizes = list(pool.map(Stub.prepare, stubs))
     list(pool.map(lambda stub: stub.beat("training"), stubs))
     before, cpu = _metric(port, "isthmus_merge_seconds_sum"), _cpu_seconds(child)
-    began = time.perf_counter()
+    began = time.monotonic()
 
     def go(stub: Stub) -> int:
         stub.contribute()
         return stub.follow()
 
     received = list(pool.map(go, stubs))
-    seconds = time.perf_counter() - began
+    ended = time.monotonic()
     return {
-        "seconds": seconds,
+        "seconds": ended - began,
+        "window": (began, ended),
         "up": sum(sizes),
         "down": sum(received),
         "merge": _metric(port, "isthmus_merge_seconds_sum") - before,
@@ -236,6 +253,7 @@ def _tcp_server() -> Iterator[int]:
 def main() -> None:
     """Prints the table, and with --json writes it."""
     options = arguments(__doc__ or "").parse_args()
+    touch_memory()
     copy = copy_bytes_per_second()
     cases = [(10, k, "int4", "int8") for k in (2, 4, 8, 32)] + [(48, k, "int4", "int8") for k in (2, 4, 8, 32)]
     cases += [(10, 4, "fp32", "fp32")]

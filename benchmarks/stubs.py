@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TypeVar
 
 from shared.fragments import CHUNK_ELEMENTS, Fragment, Layout
@@ -97,6 +99,7 @@ class Stub:
     _head: bytes = b""
     _digest: str = ""
     _base: str = ""
+    _ends: list[int] = field(default_factory=list)
 
     def join(self) -> None:
         """Joins, and says that it is ready."""
@@ -153,6 +156,7 @@ class Stub:
         sized = pack_container(header, self.sections)
         self._head = sized[: len(sized) - sum(map(len, self.sections))]
         self._digest = blob_digest(sized)
+        self._ends = list(accumulate(len(piece) for piece in [self._head, *self.sections]))
         return len(sized)
 
     def contribute(self) -> None:
@@ -181,7 +185,7 @@ class Stub:
                         return
                     n = missing.pop()
                 cut = range(n * upload.part_size, min(size, (n + 1) * upload.part_size))
-                pieces = list(_slice([memoryview(self._head), *self.sections], cut.start, cut.stop))
+                pieces = self._slice(cut.start, cut.stop)
                 connection.send("PUT", f"{path}/parts/{n}?part_size={upload.part_size}", pieces)
 
         with ThreadPoolExecutor(self.lanes) as pool:
@@ -200,12 +204,12 @@ class Stub:
         for connection in self.connections:
             connection.close()
 
-
-def _slice(pieces: Iterable[memoryview], start: int, stop: int) -> Iterable[memoryview]:
-    """Bytes `start` to `stop` of the pieces laid end to end."""
-    at = 0
-    for piece in pieces:
-        low, high = max(start, at), min(stop, at + len(piece))
-        if low < high:
-            yield piece[low - at : high - at]
-        at += len(piece)
+    def _slice(self, start: int, stop: int) -> list[memoryview]:
+        """Bytes `start` to `stop` of the contribution, from where they lie."""
+        pieces, ends = [memoryview(self._head), *self.sections], self._ends
+        first = bisect_right(ends, start)
+        found = []
+        for n in range(first, bisect_left(ends, stop) + 1):
+            begin = ends[n] - len(pieces[n])
+            found.append(pieces[n][max(0, start - begin) : stop - begin])
+        return found

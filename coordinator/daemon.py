@@ -27,8 +27,6 @@ from shared.sharding import slice_of
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
-READ_BYTES = 256 << 10
-"""What a connection may hold unread: as much as one read of the socket brings. With less, reading stops and starts."""
 IDLE_SECONDS = 90.0
 """A connection on which nothing is asked, or only half a header comes, is let go; sites keep an idle one for 60 s."""
 
@@ -136,7 +134,6 @@ def runner_of(api: Api) -> web.AppRunner:
         shutdown_timeout=SHUTDOWN_SECONDS,
         keepalive_timeout=IDLE_SECONDS,
         handle_signals=False,
-        read_bufsize=READ_BYTES,
     )
 
 

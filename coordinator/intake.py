@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 LARGEST_NORM = 1e18
 """A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
 
-SPOOL_BYTES = 512 << 10
-"""What an upload in progress may hold in memory before it is written."""
+SPOOL_BYTES = 32 << 20
+MOST_ROOM, LEAST_ROOM = 1 << 20, 64 << 10
+"""What all parts that are under way may hold in memory before it is written, and the bounds of one part's share: a
+few fast links are read in large pieces, many slow ones take no memory to speak of."""
 MOST_PIECES = 64
 
 
@@ -71,6 +73,7 @@ class Intake:
         self._bounds = [container_bound(fragment, codec) for fragment in self._layout.fragments]
         self.contribution_bound = sum(self._bounds)
         """Bytes that one contribution to each fragment can have."""
+        self._incoming = 0
         self._turns: dict[str, asyncio.Lock] = {}
         self.uploads = Uploads(store.uploads, per_site=2 * len(self._bounds) + 2, disk=store.disk)
 
@@ -104,6 +107,11 @@ class Intake:
             outcome = await self.commit(site, id_)
         return Upload(id=id_, part_size=upload.part_bytes, parts=sorted(upload.parts), outcome=outcome)
 
+    @property
+    def room(self) -> int:
+        """Bytes that a part may hold in memory before they are written."""
+        return max(LEAST_ROOM, min(MOST_ROOM, SPOOL_BYTES // max(1, self._incoming)))
+
     async def put_part(
         self, site: str, id_: str, part: int, pieces: AsyncIterator[bytes], part_bytes: int | None = None
     ) -> None:
@@ -117,11 +125,15 @@ class Intake:
         cut = upload.part_bytes
         _, size = upload.part_range(part)
         written = 0
-        async for held in _gathered(pieces, SPOOL_BYTES):
-            count = sum(map(len, held))
-            if written + count <= size:
-                await self._write(upload, part, cut, written, held)
-            written += count
+        self._incoming += 1
+        try:
+            async for held in _gathered(pieces, lambda: self.room):
+                count = sum(map(len, held))
+                if written + count <= size:
+                    await self._write(upload, part, cut, written, held)
+                written += count
+        finally:
+            self._incoming -= 1
         if written != size:
             raise Refused(Code.BAD_REQUEST, f"part {part} has {written} bytes and must have {size}")
         if upload.part_bytes != cut:
@@ -272,8 +284,8 @@ class Intake:
                 raise self._workers.storage_refusal(error) from error
 
 
-async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[list[bytes]]:
-    """The same bytes, a few pieces of together at least `size` at a time, but for the last ones. Large pieces are
+async def _gathered(pieces: AsyncIterator[bytes], size: Callable[[], int]) -> AsyncIterator[list[bytes]]:
+    """The same bytes, a few pieces of together at least `size()` at a time, but for the last ones. Large pieces are
     passed on as they are, many small ones joined: a link that brings a few bytes at a time must not cost as many
     objects."""
     held: list[bytes] = []
@@ -281,7 +293,7 @@ async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[li
     async for piece in pieces:
         held.append(piece)
         count += len(piece)
-        if count >= size:
+        if count >= size():
             yield held
             held, count = [], 0
         elif len(held) == MOST_PIECES:

@@ -453,9 +453,10 @@ class Coordinator:
             await self._merge_steadily(close)
 
     async def _merge_steadily(self, close: CloseRound) -> None:
-        began = self.clock()
+        closed = self.clock()
         p, version, workers = close.fragment, close.version, self.workers
         async with self._stepping:
+            began = self.clock()
             stepped = await workers.on(workers.merger, self._execute, p, version)
             merged = self.clock()
             put = partial(self.store.blobs.put, executor=workers.chunks)
@@ -464,7 +465,7 @@ class Coordinator:
         await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, self._wall())
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
         self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
-        self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - began)
+        self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - closed)
         log.debug("fragment %d is at version %d (%s, %d)", p, version, close.reason, len(close.contributions))
         await self._carry_out(decisions)
         if version % self.config.store.checkpoint_versions == 0:

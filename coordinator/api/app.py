@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
 
+from coordinator.api.bodies import pieces
 from coordinator.api.errors import problems
 from coordinator.api.status import run_document, status_document, versions_document
 from coordinator.refused import Refused
@@ -162,11 +163,15 @@ class Api:
 
     async def put_part(self, request: web.Request) -> web.Response:
         site = self._site(request)
-        pieces = self._pieces(request, site, PART_BYTES, uploads=True)
+        intake = self._coordinator.intake
+        if (transport := request.transport) is not None and hasattr(transport, "max_size"):
+            # asyncio's own measure for one read of the socket: 256 KiB, which for a fast link is many.
+            transport.max_size = intake.room
+        body = self._pieces(request, site, PART_BYTES, uploads=True)
         id_, part = request.match_info["id"], int(request.match_info["part"])
         size = request.query.get("part_size", "")
         cut = int(size) if size.isdecimal() else None
-        await self._coordinator.intake.put_part(site, id_, part, pieces, cut)
+        await intake.put_part(site, id_, part, body, cut)
         return web.Response(status=204)
 
     async def commit(self, request: web.Request) -> web.Response:
@@ -264,33 +269,17 @@ class Api:
             raise Refused(Code.CUT, f"the body was damaged on its way: it is not what {DIGEST_HEADER} says")
         return body
 
-    async def _pieces(
-        self, request: web.Request, site: str, limit: int, *, uploads: bool = False
-    ) -> AsyncIterator[bytes]:
+    def _pieces(self, request: web.Request, site: str, limit: int, *, uploads: bool = False) -> AsyncIterator[bytes]:
         """The body as it comes in, bounded; every piece renews the site's lease. `uploads`: it is of a contribution."""
-        if (request.content_length or 0) > limit:
-            raise Refused(Code.TOO_LARGE, f"a body of {request.content_length} bytes; at most {limit} are read here")
-        counter, core, read = self._coordinator.metrics.bytes_in, self._coordinator.core, 0
-        pieces = request.content.iter_any()
-        try:
-            while True:
-                async with asyncio.timeout(self.quiet_seconds):
-                    piece = await anext(pieces, None)
-                if piece is None:
-                    return
-                read += len(piece)
-                if read > limit:
-                    raise Refused(Code.TOO_LARGE, f"a body of more than {limit} bytes")
-                core.bytes_arrived(site, self._coordinator.clock(), uploads=uploads)
-                if site in core.roster:
-                    counter.labels(site).inc(len(piece))
-                yield piece
-        except TimeoutError:
-            raise Refused(Code.CUT, f"nothing more of the body came for {self.quiet_seconds:g} s") from None
-        except web.RequestPayloadError as error:
-            reason = " ".join(str(error).split())
-            code = Code.BAD_REQUEST if "Content-Encoding" in request.headers else Code.CUT
-            raise Refused(code, f"the body cannot be read: {reason}") from error
+        core, clock = self._coordinator.core, self._coordinator.clock
+        counted = self._coordinator.metrics.bytes_in.labels(site) if site in core.roster else None
+
+        def arrived(count: int) -> None:
+            core.bytes_arrived(site, clock(), uploads=uploads)
+            if counted is not None:
+                counted.inc(count)
+
+        return pieces(request, limit, self.quiet_seconds, arrived)
 
     def _immutable(self, request: web.Request, path: Path, digest: str) -> web.StreamResponse:
         """A file that never changes, for caches on the way too; Range and If-None-Match work."""

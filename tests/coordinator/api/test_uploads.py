@@ -569,6 +569,7 @@ def test_every_code_has_a_status() -> None:
 async def test_a_part_is_written_while_it_comes_in(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What many slow links hold in memory at once is a little of each part, not all of it."""
     monkeypatch.setattr("coordinator.intake.SPOOL_BYTES", 16)
+    monkeypatch.setattr("coordinator.intake.LEAST_ROOM", 1)
     (site,) = await fleet.trains("eu")
     body, on_disk = site.body(), []
     upload = await opened(site, body)
@@ -582,6 +583,29 @@ async def test_a_part_is_written_while_it_comes_in(fleet: Any, monkeypatch: pyte
     await fleet.coordinator.intake.put_part("eu", upload.id, 0, pieces())
     assert on_disk[:6] == [0, 0, 20, 20, 40, 40]
     assert outcome(await commit(site, upload.id)).accepted
+
+
+async def test_the_more_parts_come_in_the_less_each_may_hold(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    upload = await opened(site, site.body())
+    intake, all_here, end, rooms = fleet.coordinator.intake, asyncio.Event(), asyncio.Event(), []
+
+    async def waits() -> AsyncIterator[bytes]:
+        rooms.append(intake.room)
+        if len(rooms) == 600:
+            all_here.set()
+        await end.wait()
+        yield b"more than the part has" * 4096
+
+    parts = [asyncio.create_task(intake.put_part("eu", upload.id, 0, waits())) for _ in range(600)]
+    await all_here.wait()
+    assert rooms[0] == 1 << 20
+    assert rooms[63] == 512 << 10
+    assert rooms[599] == 64 << 10
+    end.set()
+    refusals = await asyncio.gather(*parts, return_exceptions=True)
+    assert all(isinstance(refusal, Refused) for refusal in refusals)
+    assert intake.room == 1 << 20
 
 
 async def test_a_part_that_breaks_off_is_not_there_and_comes_again(fleet: Any) -> None:
