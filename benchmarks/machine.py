@@ -32,13 +32,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def touch_memory(share: float = 0.8) -> None:
-    """Takes most of the free memory once, and gives it back. In a virtual machine a page that was never used costs a
-    fault at the host, at 1.3 GB/s where its memory copies at 30: no figure of ours, and gone where a machine has been
-    up for a while."""
+def touch_memory(size: int) -> None:
+    """Takes up to `size` bytes of the free memory once, and gives them back. In a virtual machine a page that its host
+    has not given yet, or has taken back, costs a fault there: files are then written at a third of the speed, which is
+    no figure of ours. What was touched last is taken next, and stays for some seconds."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if Path("/proc/meminfo").exists() else []
     free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemFree:")), 0)
-    np.empty(max(1, int(share * free)), dtype=np.uint8)[:: os.sysconf("SC_PAGE_SIZE")] = 1
+    np.empty(max(1, min(size, free // 2)), dtype=np.uint8)[:: os.sysconf("SC_PAGE_SIZE")] = 1
 
 
 def copy_bytes_per_second() -> float:

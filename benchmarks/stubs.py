@@ -33,6 +33,8 @@ from shared.wire import Bytes, Header, blob_digest, header_bound, pack_container
 M = TypeVar("M", bound=Message)
 JOIN_BYTES = 64 << 20
 RECEIVE_BYTES = 1 << 20
+BUFFERED = 1 << 16
+MOST_BUFFERS = 64
 
 
 class Connection:
@@ -51,8 +53,13 @@ class Connection:
     def send(self, method: str, path: str, pieces: Sequence[bytes | memoryview]) -> bytes:
         """The body of the answer to `pieces`, sent one after the other from where they lie."""
         self._begin(method, path, sum(map(len, pieces)))
-        for piece in pieces:
-            self._http.sock.sendall(piece)
+        left = list(pieces)
+        while left:
+            sent = self._http.sock.sendmsg(left[:MOST_BUFFERS])
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = memoryview(left[0])[sent:]
         answer = self._http.getresponse()
         body = answer.read()
         if answer.status >= 300:
@@ -66,9 +73,15 @@ class Connection:
         if answer.status != 200:
             raise RuntimeError(f"{path}: {answer.status} {answer.read().decode(errors='replace')}")
         first = answer.read(1 << 16)
-        total = len(first)
-        while got := answer.readinto(self._buffer):
-            total += got
+        total = int(answer.headers["Content-Length"])
+        # What the reader has taken beyond the header comes first; the rest straight from the socket.
+        left = total - len(first) - len(answer.fp.read1(min(BUFFERED, total - len(first))))
+        while left:
+            got = self._http.sock.recv_into(self._buffer, min(left, len(self._buffer)))
+            if not got:
+                raise RuntimeError(f"{path}: {left} bytes are missing")
+            left -= got
+        answer.close()
         return total, first
 
     def _begin(self, method: str, path: str, size: int) -> None:
