@@ -99,7 +99,7 @@ OURS: Tables = _outer(lr=1.0, momentum=0.5)
 FP32: Tables = {"wire": {"upload": "fp32", "publish": "fp32"}}
 TOPK: Tables = {"wire": {"upload": "topk2"}}
 WHOLE: Tables = {"wire": {"feedback_decay": 1.0}}
-BOTH: Tables = {"wire": {"upload_step": 1.0, "publish": "int4", "publish_step": 1.0}}
+BOTH: Tables = {"wire": {"upload_grid": 1.0, "publish": "int4", "publish_grid": 1.0}}
 FULL: Tables = {"rounds": {"quorum": "all", "overlap_steps": 0, "pacing": "equal-steps"}}
 STREAMING: Tables = {"rounds": {"quorum": "all", "overlap_steps": ROUND_TRIP_STEPS, "pacing": "equal-steps"}}
 PACED: Tables = {"rounds": {"quorum": "all", "overlap_steps": "auto"}}
@@ -147,12 +147,12 @@ SETTINGS = [
     Setting("decoupled-short-cycle", "the same, H = 8", {"inner": {"steps": 8}}),
     Setting("decoupled-long-cycle", "the same, H = 32", {"inner": {"steps": 32}}),
     Setting("decoupled-fp32", "the same, fp32 up and down", FP32),
-    Setting("decoupled-step-0", "int4 on its finest grid", _wire(upload_step=0.0)),
-    Setting("decoupled-step-0.5", "int4 on a grid of ½ σ", _wire(upload_step=0.5)),
-    Setting("decoupled-step-0.75", "int4 on a grid of ¾ σ", _wire(upload_step=0.75)),
-    Setting("decoupled-step-1", "int4 on a grid of 1 σ", _wire(upload_step=1.0)),
-    Setting("decoupled-step-1.5", "int4 on a grid of 1.5 σ", _wire(upload_step=1.5)),
-    Setting("decoupled-step-2", "int4 on a grid of 2 σ", _wire(upload_step=2.0)),
+    Setting("decoupled-step-0", "int4 on its finest grid", _wire(upload_grid=0.0)),
+    Setting("decoupled-step-0.5", "int4 on a grid of ½ σ", _wire(upload_grid=0.5)),
+    Setting("decoupled-step-0.75", "int4 on a grid of ¾ σ", _wire(upload_grid=0.75)),
+    Setting("decoupled-step-1", "int4 on a grid of 1 σ", _wire(upload_grid=1.0)),
+    Setting("decoupled-step-1.5", "int4 on a grid of 1.5 σ", _wire(upload_grid=1.5)),
+    Setting("decoupled-step-2", "int4 on a grid of 2 σ", _wire(upload_grid=2.0)),
     Setting("decoupled-e3m0", "e3m0 up", _wire(upload="e3m0")),
     Setting("decoupled-topk2", "topk2 up, outer SGD", _with(TOPK, _outer(optimizer="sgd"))),
     Setting("decoupled-topk2-momentum", "topk2 up, our η and μ", _with(TOPK, OURS)),
@@ -172,8 +172,8 @@ SETTINGS = [
         "decoupled-topk2-256", "topk2 with k = 256, outer SGD", _with(TOPK, _wire(topk=256), _outer(optimizer="sgd"))
     ),
     Setting("decoupled-sgd-fp32", "fp32, outer SGD", _with(FP32, _outer(optimizer="sgd"))),
-    Setting("decoupled-publish-int4", "int4 down as well", _wire(publish="int4", publish_step=0.0)),
-    Setting("decoupled-publish-step-1", "int4 down on a grid of 1 σ", _wire(publish="int4", publish_step=1.0)),
+    Setting("decoupled-publish-int4", "int4 down as well", _wire(publish="int4", publish_grid=0.0)),
+    Setting("decoupled-publish-step-1", "int4 down on a grid of 1 σ", _wire(publish="int4", publish_grid=1.0)),
     Setting("decoupled-both-step-1", "int4 both ways on a grid of 1 σ", BOTH),
     Setting("decoupled-paper", "the same with η 0.7, μ 0.9", PAPER),
     Setting("decoupled-0.7-0.7", "the same with η 0.7, μ 0.7", _outer(lr=0.7, momentum=0.7)),

@@ -9,7 +9,7 @@ with whoever came first, or its result depends on luck) and `coordinators` (mode
 `[store]` (how much history the coordinator keeps), `[devices] threads` and `throttle`, `[site]
 patience_seconds`, `checkpoint_seconds` and `evaluate`, and the keys of decoupled training (`[outer]
 partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`, `staleness_decay`; `[wire] topk`,
-`feedback_decay`, `upload_step`, `publish_step`). Their reasons stand in docs/configuration.md.
+`feedback_decay`, `upload_grid`, `publish_grid`). Their reasons stand in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2"]
 PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 TOPK_FEEDBACK = 0.95
 """β of SparseLoCo (arXiv 2508.15706)."""
-UPLOAD_STEP, PUBLISH_STEP = 0.0, 0.0
-"""The least grid steps of int4, measured (docs/results/quality.md)."""
 RECEIVED = "received"
 MOST = 10**6
 """No count that is not one of tokens is larger: it must fit everything that it goes through."""
@@ -170,8 +168,9 @@ class WireTable(_Table):
     topk: int = Field(256, ge=1, le=1024, description="of each 4096 elements so many are sent, from 1 to 1024")
     error_feedback: bool = True
     feedback_decay: Literal["auto"] | float = Field("auto", description='β: "auto" or a number from 0 to 1')
-    upload_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
-    publish_step: Literal["auto"] | float = Field("auto", description='"auto" or a number from 0 (the finest) to 3')
+    upload_grid: float = Field(0.0, ge=0, le=3, description="a number from 0 (the finest) to 3")
+    publish_grid: float = Field(0.0, ge=0, le=3, description="a number from 0 (the finest) to 3")
+    """The least step of the integers' grid, in root mean squares of a block (see shared.codecs.grid)."""
     zstd_level: Literal["auto"] | int = Field("auto", description='"auto", or a whole number from 0 (off) to 19')
 
     @field_validator("feedback_decay")
@@ -187,28 +186,6 @@ class WireTable(_Table):
         if isinstance(value, int) and not 0 <= value <= 19:
             raise ValueError("out of range")
         return value
-
-    @field_validator("upload_step", "publish_step")
-    @classmethod
-    def _grid(cls, value: str | float) -> str | float:
-        if isinstance(value, float) and not 0 <= value <= 3:
-            raise ValueError("out of range")
-        return value
-
-    @property
-    def upload_grid(self) -> float:
-        """The least step of a contribution's integer grid, in root mean squares of its block."""
-        if self.upload_step == "auto":
-            squeezed = self.upload == "int4" and self.error_feedback and self.zstd_level != 0
-            return UPLOAD_STEP if squeezed else 0.0
-        return self.upload_step
-
-    @property
-    def publish_grid(self) -> float:
-        """The same of a delta."""
-        if self.publish_step == "auto":
-            return PUBLISH_STEP if self.publish == "int4" and self.zstd_level != 0 else 0.0
-        return self.publish_step
 
     @property
     def upload_codec(self) -> str:
@@ -375,14 +352,14 @@ def _check_wire(wire: WireTable, outer: OuterTable) -> None:
             )
     elif "topk" in stated:
         raise ValueError(f'[wire] topk has no effect with upload = "{wire.upload}": drop it, or upload = "topk2"')
-    for key, codec in (("upload_step", wire.upload), ("publish_step", wire.publish)):
+    for key, codec in (("upload_grid", wire.upload), ("publish_grid", wire.publish)):
         if key in stated and codec not in ("int8", "int4"):
             raise ValueError(
                 f'[wire] {key} has no effect with "{codec}", which has no even grid: drop it, or use "int4"'
             )
-    if wire.upload_step not in ("auto", 0.0) and not wire.error_feedback:
+    if wire.upload_grid and not wire.error_feedback:
         raise ValueError(
-            "[wire] upload_step above 0 leaves much of what is trained to error_feedback, and that is false: drop it, "
+            "[wire] upload_grid above 0 leaves much of what is trained to error_feedback, and that is false: drop it, "
             "or error_feedback = true"
         )
     if not wire.error_feedback and "feedback_decay" in stated:

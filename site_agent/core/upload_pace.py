@@ -51,7 +51,7 @@ class UploadPace:
             self.bytes_per_second = rate if self.bytes_per_second is None else (self.bytes_per_second + rate) / 2
 
     def took(self, size: int, seconds: float) -> None:
-        """A part of `size` bytes arrived in `seconds`, while `lanes` of them were on their way."""
+        """A part of `size` bytes arrived in `seconds`, with as many more on their way as there were connections."""
         if size < self.part_bytes:
             return  # the end of an upload is short: mostly round trip
         fit = size * AIM_SECONDS / max(seconds, 1e-3)

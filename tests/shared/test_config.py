@@ -172,7 +172,7 @@ def test_a_run_file_is_read_as_utf_8(tmp_path: Path) -> None:
         "[wire]\nupload = 'topk2'\ntopk = 64\n[outer]\noptimizer = 'sgd'",
         "[wire]\nupload = 'topk2'\nfeedback_decay = 1.0\n[outer]\nmomentum = 0.5",
         "[wire]\nfeedback_decay = 0.9",
-        "[wire]\nupload_step = 1.5\npublish_step = 0.0",
+        "[wire]\nupload_grid = 1.5\npublish_grid = 0.0",
         "[store]\nkeep_versions = 1",
         "[run]\nmin_sites = 3\n",
     ],
@@ -200,17 +200,17 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
             'false, or upload = "int4"',
         ),
         (
-            '[wire]\nupload = "e3m0"\nupload_step = 1.0',
-            '[wire] upload_step has no effect with "e3m0", which has no even grid: drop it, or use "int4"',
+            '[wire]\nupload = "e3m0"\nupload_grid = 1.0',
+            '[wire] upload_grid has no effect with "e3m0", which has no even grid: drop it, or use "int4"',
         ),
         (
-            "[wire]\nupload_step = 1.0\nerror_feedback = false",
-            "[wire] upload_step above 0 leaves much of what is trained to error_feedback, and that is false: drop it, "
+            "[wire]\nupload_grid = 1.0\nerror_feedback = false",
+            "[wire] upload_grid above 0 leaves much of what is trained to error_feedback, and that is false: drop it, "
             "or error_feedback = true",
         ),
         (
-            "[wire]\npublish_step = 3.5",
-            '[wire] publish_step: got 3.5 (a number); "auto" or a number from 0 (the finest) to 3 would do',
+            "[wire]\npublish_grid = 3.5",
+            '[wire] publish_grid: got 3.5 (a number); a number from 0 (the finest) to 3 would do',
         ),
         (
             "[wire]\ntopk = 64",
@@ -226,8 +226,8 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ),
         (
             "[wire]\nxyz = 3",
-            "[wire] xyz: unknown key; it may have: upload, publish, topk, error_feedback, feedback_decay, upload_step, "
-            "publish_step, zstd_level",
+            "[wire] xyz: unknown key; it may have: upload, publish, topk, error_feedback, feedback_decay, upload_grid, "
+            "publish_grid, zstd_level",
         ),
         ("[run]\ntokenz = 3", '[run] tokenz: unknown key; did you mean "tokens"?'),
         ("[round]\nquorum = 3", '[round]: unknown table; did you mean "rounds"?'),
