@@ -210,7 +210,7 @@ def test_possible_settings_are_not_refused(text: str, tmp_path: Path) -> None:
         ),
         (
             "[wire]\npublish_grid = 3.5",
-            '[wire] publish_grid: got 3.5 (a number); a number from 0 (the finest) to 3 would do',
+            "[wire] publish_grid: got 3.5 (a number); a number from 0 (the finest) to 3 would do",
         ),
         (
             "[wire]\ntopk = 64",
