@@ -195,6 +195,7 @@ async def _contribute(
         session=session,
         fragment=p,
         base_version=base,
+        codec=UPLOAD,
         size=size,
         digest=file_digest(spool),
         part_size=4 << 20,

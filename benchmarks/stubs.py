@@ -181,6 +181,7 @@ class Stub:
             session=self.joined.session,
             fragment=0,
             base_version=self.version,
+            codec=self.codec,
             size=size,
             digest=self._digest,
             part_size=PART_BYTES,

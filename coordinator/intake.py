@@ -25,6 +25,7 @@ from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
 from coordinator.uploads import SpooledUpload, Uploads, upload_id
 from coordinator.workers import Workers
+from shared.codecs import codec_named
 from shared.errors import FormatError
 from shared.protocol import INLINE_BYTES, Code, OpenUpload, Outcome, Upload
 from shared.wire import Header, container_bound, open_container
@@ -89,6 +90,7 @@ class Intake:
             return Upload(
                 id=id_, part_size=self.uploads.part_bytes, parts=[], outcome=Outcome(accepted=True, version=held)
             )
+        self._require_codec(message)
         bound = self._bounds[message.fragment]
         if not 0 < message.size <= bound:
             raise Refused(
@@ -258,6 +260,21 @@ class Intake:
                 newest = state.merging or state.version if verdict.code is Code.RUN_FINISHED else state.version
             raise Refused(verdict.code, verdict.detail, newest)
         return verdict
+
+    def _require_codec(self, opening: OpenUpload) -> None:
+        """Asked only of what is not here: a site may come with what it made before the run's codec was changed, and is
+        told where that was accepted then. Raises Refused."""
+        if opening.codec == self._codec:
+            return
+        try:
+            codec_named(opening.codec)
+        except FormatError as error:
+            raise Refused(Code.MALFORMED, str(error)) from None
+        raise Refused(
+            Code.WRONG_CODEC,
+            f"a contribution in codec {opening.codec}; by [wire] upload this run takes {self._codec}",
+            self._core.fragments[opening.fragment].version,
+        )
 
     def _upload(self, site: str, id_: str) -> SpooledUpload:
         upload = self.uploads.get(id_)

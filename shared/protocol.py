@@ -61,6 +61,7 @@ class Code(StrEnum):
     RUN_FINISHED = "run-finished"
     UNKNOWN_BASE = "unknown-base"
     WRONG_BASE = "wrong-base"
+    WRONG_CODEC = "wrong-codec"
     TOO_STALE = "too-stale"
     ALREADY_CONTRIBUTED = "already-contributed"
     WRONG_LAYOUT = "wrong-layout"
@@ -230,14 +231,15 @@ class Leave(Message):
 
 
 class OpenUpload(Message):
-    """Announces a contribution of `size` bytes. `body` holds all of it where it is small. `part_size`: the largest
-    parts that the site wants to send; an upload that is open already can be cut finer, never coarser."""
+    """Announces a contribution of `size` bytes in `codec`. `body` holds all of it where it is small. `part_size`: the
+    largest parts that the site wants to send; an upload that is open already can be cut finer, never coarser."""
 
     run: RunId
     site: Name
     session: Annotated[str, Field(max_length=64)]
     fragment: Count
     base_version: Count
+    codec: Annotated[str, Field(max_length=32)]
     size: Count
     digest: BlobDigest
     part_size: Count

@@ -28,6 +28,8 @@ from site_agent.news import Report
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 5.0
+CONFIG_CHANGED = "config-changed"
+"""Why an agent ends that was told of another config: not a coordinator's word, its own."""
 
 
 class Speaker(Protocol):
@@ -93,7 +95,7 @@ class Branch:
                 if joined.run != run:
                     raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {run}")
                 if joined.config != self.joined.config:
-                    raise RefusedError("config-changed", "the run's config was changed; start this agent again")
+                    raise RefusedError(CONFIG_CHANGED, "the run's config was changed; start this agent again")
                 self.session = joined.session
                 begun = await self._begin_session()
 

@@ -52,6 +52,17 @@ class _Turned:
     how: How
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A contribution's container, the base version and the codec that it names, and the error feedback once it is
+    accepted."""
+
+    body: bytes
+    base_version: int
+    codec: str
+    residual: Tensor | None
+
+
 class Courier:
     """Errands on one event loop. `connect` gives the link to a coordinator's URL, `url` is the first one's. `post`
     takes the events; `report` is read with each heartbeat: set it whole."""
@@ -230,7 +241,8 @@ class Courier:
         p, home = parcel.fragment, self._homes[parcel.fragment]
         branch = home.branch
         await self._versions.kept(p)  # what is in the outbox, can be made again on the version that it was made on
-        body, base, residual = await asyncio.to_thread(self._prepare, parcel)
+        packed = await asyncio.to_thread(self._prepare, parcel)
+        base, body, residual = packed.base_version, packed.body, packed.residual
         digest = blob_digest(body)
         while True:
             session = branch.session
@@ -240,6 +252,7 @@ class Courier:
                 session=session,
                 fragment=home.address.fragment.index,
                 base_version=base,
+                codec=packed.codec,
                 size=len(body),
                 digest=digest,
                 part_size=PART_BYTES,
@@ -264,29 +277,28 @@ class Courier:
                     case Code.RUN_FINISHED:
                         await asyncio.to_thread(self._forget, parcel)
                         return _Turned(parcel.anchor, newest, "overwrite")
-                    case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE:
+                    case Code.WRONG_CODEC if packed.codec == self._wire.upload_codec:
+                        raise  # the next one would be refused as well
+                    case Code.TOO_STALE | Code.UNKNOWN_BASE | Code.WRONG_BASE | Code.WRONG_CODEC:
                         log.warning("fragment %d is aligned anew: %s", p, refusal.detail)
                         # First: a contribution that comes up again after a restart counts as delivered.
                         await asyncio.to_thread(self._forget, parcel)
-                        anchor = None if refusal.code != Code.TOO_STALE else parcel.anchor
+                        sound = refusal.code in (Code.TOO_STALE, Code.WRONG_CODEC)
+                        anchor = parcel.anchor if sound else None
                         return _Turned(anchor, newest, "rebase")
                     case _:
                         raise
 
-    def _prepare(self, parcel: Parcel) -> tuple[bytes, int, Tensor | None]:
-        """The container to send, the base version that it names, and the error feedback once it is accepted. It is in
-        the outbox from here on."""
-        p, base, home = parcel.fragment, parcel.anchor.version, self._homes[parcel.fragment]
+    def _prepare(self, parcel: Parcel) -> _Packed:
+        """The contribution as it is sent. It is in the outbox from here on."""
+        p, home = parcel.fragment, self._homes[parcel.fragment]
         fragment = home.address.fragment
         recorded = self._outbox.read(parcel.number, p) if parcel.recorded else None
         if recorded is not None:
             with open_container(recorded, fragment) as container:
-                base = container.header.base_version
-            return (
-                recorded,
-                base,
-                left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None,
-            )
+                header = container.header
+            left = left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None
+            return _Packed(recorded, header.base_version, header.codec, left)
         if home.branch.index:
             parcel = replace(parcel, progress=())  # data is leased by the first alone
         link = home.branch.link.pace.bytes_per_second
@@ -297,7 +309,7 @@ class Courier:
             log.error(
                 "a contribution is not in the outbox (%s): if this agent is killed, its steps count as lost", error
             )
-        return body, base, residual
+        return _Packed(body, parcel.anchor.version, self._wire.upload_codec, residual)
 
     def _forget(self, parcel: Parcel) -> None:
         try:
@@ -315,8 +327,8 @@ class Courier:
     async def _retrace(self, p: int, anchor: Anchor, version: int, how: How, delivered: Parcel | None) -> None:
         """Posts the acceptance of what is known to be `delivered`, then the anchor of `version`."""
         if delivered is not None:
-            _, _, residual = await asyncio.to_thread(self._prepare, delivered)
-            self._post(Accepted(p, version, residual))
+            packed = await asyncio.to_thread(self._prepare, delivered)
+            self._post(Accepted(p, version, packed.residual))
         along = await self._versions.by_deltas(p, anchor, version)
         if along is None:
             raise FaultError(f"version {version} of fragment {p} cannot be come back to; start this agent again")

@@ -29,6 +29,10 @@ def schedule_of(seed: int) -> Schedule:
     length = 5 + 4 * STEPS * max(pace.values())
     faults = sorted((_fault(rng, sites, length) for _ in range(rng.randrange(1, 5))), key=lambda f: f.at)
     repeats = config.rounds.quorum == "all" and config.rounds.deadline_seconds == FOR_EVER
+    changes = random.Random(f"changes {seed}")  # apart, so that the rest of a schedule does not depend on it
+    if not repeats and changes.random() < 0.15:
+        at, away, codec = changes.uniform(0, length), changes.uniform(0.5, 5.0), changes.randrange(60)
+        faults = sorted([*faults, Fault(at, "other-codec", "coordinator", away, codec)], key=lambda f: f.at)
     if repeats:
         # A site whose own disk fails may forget what it sent.
         faults = [fault for fault in faults if fault.whom == "coordinator" or fault.kind not in ("full", "broken")]

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from coordinator.api.app import Api
 from coordinator.core.membership import LEASE_SECONDS
@@ -26,9 +26,10 @@ from lab.simulator.counting import LEASED, CountingTrainer, LeasedSteps, Steps, 
 from lab.simulator.disk import Crashed, FaultyDisk
 from lab.simulator.loop import Deadlock, Lanes, VirtualLoop
 from lab.simulator.network import Imagined, Routes, Weather, Wire
-from shared.config import RunConfig, received_run
-from shared.errors import FaultError, IsthmusError
+from shared.config import RunConfig, UploadCodec, received_run
+from shared.errors import FaultError, IsthmusError, RefusedError
 from shared.task import Shard
+from site_agent.branch import CONFIG_CHANGED
 from site_agent.core.site import SiteCore
 from site_agent.courier import Courier
 from site_agent.learner import Hear, Learner, Place, Train
@@ -179,7 +180,7 @@ class CoordinatorProcess:
 
         machine = Machine(clock=world.loop.time, wall=world.wall, disk=disk, pool=lanes)
         try:
-            coordinator = await Coordinator.open(world.schedule.config, self.directory, self.directory, machine)
+            coordinator = await Coordinator.open(world.config, self.directory, self.directory, machine)
         except IsthmusError as error:
             if life is self.life:
                 world.failed(Violation("a restart recovers", str(error)))
@@ -295,6 +296,11 @@ class SiteProcess:
         except Violation as violation:
             world.failed(violation)
         except IsthmusError as error:
+            if isinstance(error, RefusedError) and error.code == CONFIG_CHANGED:
+                world.note(f"site {self.name} ends: {error}")
+                self.kill()
+                world.later(world.rng.uniform(0.5, 30.0), self.start_if_down)
+                return
             world.failed(Violation("a site is refused for good", f"{self.name}: {error}"))
         except Exception as error:
             world.failed(error)
@@ -369,6 +375,8 @@ class World:
 
     def __init__(self, schedule: Schedule, directory: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.schedule, self.directory, self._say = schedule, directory, say
+        self.config = schedule.config
+        """As the coordinator serves it at its next start."""
         self.rng = random.Random(schedule.seed)
         self.slow = 1.0
         self.clock_step = 0.0
@@ -475,6 +483,13 @@ class World:
             case "kill-in-recovery":
                 coordinator.kill()
                 self.coordinator_crash_in = fault.count
+                later(fault.seconds, coordinator.start_if_down)
+            case "other-codec":
+                coordinator.kill()
+                wire = self.config.wire
+                others = [codec for codec in get_args(UploadCodec) if codec != wire.upload]
+                wire = wire.model_copy(update={"upload": others[fault.count % len(others)]})
+                self.config = self.config.model_copy(update={"wire": wire})
                 later(fault.seconds, coordinator.start_if_down)
             case "cut" if site is not None:
                 site.wire.cut = True

@@ -56,13 +56,16 @@ DELAYED = {"optimizer": "delayed-nesterov", "period": 3, "merge": "rda", "correc
 ADAM = {"optimizer": "adam", "lr": 0.1, "momentum": 0.8}
 
 
-def config(outer: dict[str, Any] = NESTEROV, quorum: str | int = "all", resting: str = "auto") -> RunConfig:
+def config(
+    outer: dict[str, Any] = NESTEROV, quorum: str | int = "all", resting: str = "auto", upload: str = "int4"
+) -> RunConfig:
     return run_config(
         {
             "outer": outer,
             "run": {"name": "killed", "tokens": VERSIONS * len(SITES) * 10, "min_sites": 2},
             "task": {"use": f"{TOY}:Toy"},
             "rounds": {"fragments": 2, "pacing": "equal-steps", "quorum": quorum},
+            "wire": {"upload": upload},
             "store": {"checkpoint_versions": 2, "keep_checkpoints": 1, "resting": resting},
         }
     )
@@ -114,6 +117,7 @@ async def act_as_sites(coordinator: Coordinator, sessions: dict[str, str], order
                     session=sessions[site],
                     fragment=p,
                     base_version=base,
+                    codec="int4",
                     size=len(body),
                     digest=blob_digest(body),
                     part_size=1 << 22,
@@ -270,6 +274,7 @@ def test_an_acknowledged_contribution_survives_a_kill(tmp_path: Path, killing: l
             session=sessions["a"],
             fragment=0,
             base_version=0,
+            codec="int4",
             size=len(body),
             digest=blob_digest(body),
             part_size=1 << 22,
@@ -313,3 +318,61 @@ def test_a_lease_that_ran_out_is_not_restored(tmp_path: Path) -> None:
 
     asyncio.run(first())
     asyncio.run(second())
+
+
+def test_what_was_accepted_in_a_codec_of_before_is_still_known(tmp_path: Path) -> None:
+    """The answer was lost, and [wire] upload has been changed since: whoever asks again is told, and nothing that it
+    held comes a second time. What was not accepted is refused by its codec, once its site is a member again."""
+
+    async def opened(coordinator: Coordinator, site: str, session: str) -> int:
+        body = contribution(coordinator, site, 0, 0)
+        opening = OpenUpload(
+            run=coordinator.run_id,
+            site=site,
+            session=session,
+            fragment=0,
+            base_version=0,
+            codec="int4",
+            size=len(body),
+            digest=blob_digest(body),
+            part_size=1 << 22,
+            body=body,
+        )
+        outcome = (await coordinator.intake.open(site, opening)).outcome
+        assert outcome is not None
+        return outcome.version
+
+    async def joined(coordinator: Coordinator) -> dict[str, str]:
+        message = {site: Join(protocol=PROTOCOL, site=site, software={}) for site in SITES}
+        sessions = {site: (await coordinator.join(site, message[site])).session for site in SITES}
+        for site in SITES:
+            await coordinator.heartbeat(site, ready(coordinator, sessions[site]))
+        return sessions
+
+    async def first() -> dict[str, str]:
+        coordinator = await Coordinator.open(config(), tmp_path / "state", tmp_path)
+        await coordinator.start()
+        sessions = await joined(coordinator)
+        assert await opened(coordinator, "a", sessions["a"]) == 1
+        await coordinator.stop()
+        return sessions
+
+    async def second(before: dict[str, str]) -> None:
+        coordinator = await Coordinator.open(config(upload="int8"), tmp_path / "state", tmp_path)
+        await coordinator.start()
+        for site in SITES:
+            with pytest.raises(Refused) as refused:
+                await coordinator.heartbeat(site, ready(coordinator, before[site]))
+            assert refused.value.code is Code.NOT_A_MEMBER, "so every agent learns of the new config"
+        with pytest.raises(Refused) as refused:
+            await opened(coordinator, "b", before["b"])
+        assert refused.value.code is Code.NOT_A_MEMBER
+        sessions = await joined(coordinator)
+        assert await opened(coordinator, "a", sessions["a"]) == 1
+        with pytest.raises(Refused) as refused:
+            await opened(coordinator, "b", sessions["b"])
+        assert refused.value.code is Code.WRONG_CODEC
+        assert [stored.contribution.site for stored in coordinator.reader.contributions(newest_of_each=True)] == ["a"]
+        await coordinator.stop()
+
+    asyncio.run(second(asyncio.run(first())))

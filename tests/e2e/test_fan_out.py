@@ -144,6 +144,7 @@ class Fleet:
             session=session,
             fragment=0,
             base_version=0,
+            codec="fp32",
             size=len(body),
             digest=blob_digest(body),
             part_size=PART_BYTES,

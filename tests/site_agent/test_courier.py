@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.config import RunConfig, WireTable, parse
-from shared.errors import ConfigError
+from shared.config import RunConfig, UploadCodec, WireTable, parse
+from shared.errors import ConfigError, RefusedError
 from shared.files import DISK
 from shared.fragments import Layout
 from shared.protocol import (
     AwaitedRound,
+    Code,
     DataReport,
     FragmentVersion,
     Heartbeat,
@@ -28,12 +30,14 @@ from shared.protocol import (
 )
 from shared.sharding import Slice
 from shared.wire import open_container
-from site_agent.contribution import Anchor, Parcel
+from site_agent.branch import CONFIG_CHANGED
+from site_agent.contribution import Anchor, Parcel, encode
 from site_agent.core.upload_pace import UploadPace
 from site_agent.courier import Courier
 from site_agent.history import History
+from site_agent.link import Refusal
 from site_agent.metrics import Metrics
-from site_agent.news import Accepted, Event, Ordered, Report, Touch
+from site_agent.news import Accepted, ArrivedAnchor, Event, Failed, Ordered, Report, Touch
 from site_agent.outbox import Outbox, Record
 
 LAYOUT = Layout.from_wire([[("a", [4])], [("b", [4])], [("c", [4])]])
@@ -66,8 +70,10 @@ class Coordinator:
         )
         self.heartbeats: list[Heartbeat] = []
         self.sent: list[tuple[OpenUpload, bytes]] = []
+        self.takes = ""
+        """The one codec that it takes; any where this is empty."""
         self.asked: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-        self.left = self.closed = False
+        self.member, self.left, self.closed = True, False, False
 
     async def __aenter__(self) -> Coordinator:
         return self
@@ -92,10 +98,14 @@ class Coordinator:
 
     async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
         self.heartbeats.append(message)
+        if not self.member:
+            raise Refusal(Code.NOT_A_MEMBER, "no lease", None)
         return self.orders
 
     async def contribute(self, opening: OpenUpload, body: bytes) -> Outcome:
         self.sent.append((opening, body))
+        if self.takes and opening.codec != self.takes:
+            raise Refusal(Code.WRONG_CODEC, f"this run takes {self.takes}", 7)
         return Outcome(accepted=True, version=opening.base_version + 1)
 
     async def delta(self, fragment: int, version: int) -> bytes:
@@ -169,6 +179,83 @@ async def test_contributions_go_to_their_fragments_home_in_its_own_numbers(
         assert await there.asked.get() == (number, 8)
     assert [len(each.sent) for each in coordinators] == [2, 1]
     assert outbox.load(courier.addresses) == [Record(10 + p, p, 7, 10, 5) for p in range(3)]
+
+
+def sent_before(courier: Courier, outbox: Outbox, number: int, codec: UploadCodec) -> tuple[Parcel, bytes]:
+    """A contribution to fragment 0 that an agent recorded before its restart, when the run's codec was another."""
+    before = parcel(0, number)
+    body, _ = encode(before, courier.addresses[0], WireTable(upload=codec, zstd_level=1), "eu")
+    outbox.put(number, 0, body)
+    return replace(before, recorded=True), body
+
+
+async def test_a_recorded_contribution_in_another_codec_is_asked_for_and_then_given_up_with_its_progress_kept(
+    tmp_path: Path, courier: Courier, coordinators: list[Coordinator], news: asyncio.Queue[Event]
+) -> None:
+    await courier.join(1.0)
+    outbox = Outbox(tmp_path / "outbox", DISK)
+    courier.begin_exchange(WireTable(upload="fp32"), outbox, History(tmp_path / "versions", DISK))
+    recorded, body = sent_before(courier, outbox, 3, "int4")
+    coordinators[0].takes = "fp32"
+    courier.send(recorded)
+    event = await heard(news, lambda event: isinstance(event, Accepted | ArrivedAnchor | Failed))
+    assert event == ArrivedAnchor(0, recorded.anchor, "rebase"), "no error feedback comes of it"
+    ((opening, sent),) = coordinators[0].sent
+    assert (opening.codec, opening.base_version, sent) == ("int4", 7, body), "it may have been accepted"
+    assert outbox.load(courier.addresses) == []
+    courier.send(parcel(0, 4))
+    event = await heard(news, lambda event: isinstance(event, Accepted | Failed))
+    assert isinstance(event, Accepted)
+    assert coordinators[0].sent[-1][0].codec == "fp32"
+
+
+async def test_a_recorded_contribution_in_another_codec_that_was_accepted_stays_delivered(
+    tmp_path: Path, courier: Courier, coordinators: list[Coordinator], news: asyncio.Queue[Event]
+) -> None:
+    """What is left of it is what that codec lost."""
+    await courier.join(1.0)
+    outbox = Outbox(tmp_path / "outbox", DISK)
+    courier.begin_exchange(WireTable(upload="fp32"), outbox, History(tmp_path / "versions", DISK))
+    recorded, body = sent_before(courier, outbox, 3, "int4")
+    courier.send(recorded)
+    event = await heard(news, lambda event: isinstance(event, Accepted | ArrivedAnchor | Failed))
+    assert isinstance(event, Accepted)
+    with open_container(body, courier.addresses[0].fragment) as container:
+        assert event.residual is not None
+        assert torch.equal(event.residual, -recorded.snapshot - torch.from_numpy(container.decode()))
+    assert [record.number for record in outbox.load(courier.addresses)] == [3]
+
+
+async def test_an_agent_whose_own_codec_is_refused_ends(
+    tmp_path: Path, courier: Courier, coordinators: list[Coordinator], news: asyncio.Queue[Event]
+) -> None:
+    """Whatever it made next would be refused as well."""
+    await courier.join(1.0)
+    outbox = Outbox(tmp_path / "outbox", DISK)
+    courier.begin_exchange(WireTable(upload="fp32"), outbox, History(tmp_path / "versions", DISK))
+    coordinators[0].takes = "int8"
+    courier.send(parcel(0, 3))
+    failed = await heard(news, lambda event: isinstance(event, Accepted | ArrivedAnchor | Failed))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, RefusedError)
+    assert failed.error.code == Code.WRONG_CODEC
+    assert [record.number for record in outbox.load(courier.addresses)] == [3]
+
+
+async def test_an_agent_that_lost_its_lease_to_another_config_ends(
+    tmp_path: Path, courier: Courier, coordinators: list[Coordinator], news: asyncio.Queue[Event]
+) -> None:
+    """It would go on with what the run no longer is."""
+    await courier.join(1.0)
+    coordinators[1].config = {**CONFIG, "wire": {**CONFIG["wire"], "upload": "int8"}}
+    coordinators[1].member = False
+    tell(courier, 1)
+    failed = await heard(news, lambda event: isinstance(event, Failed))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, RefusedError)
+    assert failed.error.code == CONFIG_CHANGED
+    assert "start this agent again" in failed.error.detail
+    coordinators[1].member = True
 
 
 async def test_a_join_is_one_with_all_coordinators(courier: Courier, news: asyncio.Queue[Event]) -> None:

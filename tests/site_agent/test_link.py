@@ -216,6 +216,7 @@ def test_an_upload_gets_through_a_proxy_that_cuts_at_a_minute(rate: float) -> No
         session="s",
         fragment=0,
         base_version=0,
+        codec="int4",
         size=len(body),
         digest=blob_digest(body),
         part_size=0,

@@ -171,6 +171,7 @@ class Site:
             "session": self.session,
             "fragment": fragment,
             "base_version": base,
+            "codec": self.fleet.coordinator.config.wire.upload_codec,
             "size": len(body),
             "digest": blob_digest(body),
             "part_size": PART_BYTES,

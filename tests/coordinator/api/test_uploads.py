@@ -285,6 +285,32 @@ async def test_a_finished_run_takes_no_more(serve: Any) -> None:
     assert (await site.beat("training")).finished
 
 
+async def test_a_contribution_in_a_codec_of_another_config_is_refused_before_its_bytes_travel(fleet: Any) -> None:
+    """With the newest version, and as what it is, though it may also be larger than any in the run's codec."""
+    (site,) = await fleet.trains("eu")
+    await site.contribute(0, 0)
+    await site.published(0, 1)
+    bound = container_bound(fleet.coordinator.layout.fragments[0], "int8")
+    for codec in ("fp32", "int4", "topk2-17"):
+        body = site.body(base=1, codec=codec)
+        for more in ({}, {"inline": False}, {"inline": False, "size": bound + 1}):
+            answer = await site.offer(body, base=1, codec=codec, **more)
+            assert answer.is_problem(409, "wrong-codec")
+            assert answer.json["version"] == 1
+            assert "takes int8" in answer.json["detail"]
+    assert list((fleet.state / "uploads").iterdir()) == []
+    assert (await site.contribute(0, 1)).version == 2
+
+
+async def test_a_codec_that_nobody_knows_is_malformed(fleet: Any) -> None:
+    (site,) = await fleet.trains("eu")
+    for codec in ("int3", "topk2-5000", ""):
+        answer = await site.offer(site.body(), codec=codec)
+        assert answer.is_problem(400, "malformed")
+        assert f"codec {codec!r} is not known" in answer.json["detail"]
+    await goes_on(site)
+
+
 # ---- containers that are not what they should be
 
 
