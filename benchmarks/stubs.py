@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,17 +58,19 @@ class Connection:
             raise RuntimeError(f"{method} {path}: {answer.status} {body.decode(errors='replace')}")
         return body
 
-    def drain(self, path: str) -> tuple[int, bytes]:
-        """The size of what `path` answers with, and its first bytes; the rest is received and forgotten."""
+    def drain(self, path: str) -> tuple[int, bytes, float]:
+        """The size of what `path` answers with, its first bytes, and the seconds from the answer's head to the last
+        byte; the rest is received and forgotten."""
         self._begin("GET", path, 0)
         answer = self._http.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{path}: {answer.status} {answer.read().decode(errors='replace')}")
+        began = time.perf_counter()
         first = answer.read(1 << 16)
         total = len(first)
         while got := answer.readinto(self._buffer):
             total += got
-        return total, first
+        return total, first, time.perf_counter() - began
 
     def _begin(self, method: str, path: str, size: int) -> None:
         self._http.putrequest(method, path)
@@ -93,6 +96,7 @@ class Stub:
     lanes: int
     connections: list[Connection] = field(default_factory=list)
     version: int = 0
+    rate: float | None = None
     joined: Joined = field(init=False)
     _head: bytes = b""
     _digest: str = ""
@@ -119,6 +123,7 @@ class Stub:
                 "overlap_seconds": 1.0,
                 "sync_seconds": 0.0,
                 "training_share": 1.0,
+                "download_rate": self.rate,
                 "loss": None,
                 "evaluation": None,
                 "repairs": 0,
@@ -191,7 +196,8 @@ class Stub:
     def follow(self) -> int:
         """Waits for the next version and receives its delta; its bytes."""
         path = f"/v1/fragments/0/versions/{self.version + 1}/delta?wait=60"
-        size, first = self.connections[0].drain(path)
+        size, first, seconds = self.connections[0].drain(path)
+        self.rate = size / max(seconds, 1e-3)
         header, _ = read_header(Bytes(first), header_bound(self.fragment))
         self.version, self._base = header.version, header.digest
         return size
