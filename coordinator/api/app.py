@@ -60,13 +60,18 @@ class _Tagged(web.FileResponse):
 
     async def _sendfile(self, request: BaseRequest, fobj: IO[Any], offset: int, count: int) -> AbstractStreamWriter:
         """aiohttp's, in pieces: it hands all of the file to one system call, which does not come back to the event loop
-        for as long as the reader keeps up."""
+        for as long as the reader keeps up. Over TLS asyncio reads and writes in place of the call; a loop that has
+        neither says so, and aiohttp does it."""
         writer = await web.StreamResponse.prepare(self, request)
         if writer is None or (transport := request.transport) is None:
             raise ConnectionResetError("the connection is lost")
         loop = asyncio.get_running_loop()
         for at in range(offset, offset + count, SEND_BYTES):
-            await loop.sendfile(transport, fobj, at, min(SEND_BYTES, offset + count - at))
+            left = offset + count - at
+            try:
+                await loop.sendfile(transport, fobj, at, min(SEND_BYTES, left))
+            except NotImplementedError:
+                return await self._sendfile_fallback(writer, fobj, at, left)
         await web.StreamResponse.write_eof(self)
         return writer
 
