@@ -172,6 +172,7 @@ def _ready(coordinator: Coordinator, session: str) -> Heartbeat:
         overlap_seconds=0.0,
         sync_seconds=0.0,
         training_share=1.0,
+        download_rate=None,
         loss=None,
         evaluation=None,
         repairs=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +67,14 @@ class Connection:
             raise RuntimeError(f"{method} {path}: {answer.status} {body.decode(errors='replace')}")
         return body
 
-    def drain(self, path: str) -> tuple[int, bytes]:
-        """The size of what `path` answers with, and its first bytes; the rest is received and forgotten."""
+    def drain(self, path: str) -> tuple[int, bytes, float]:
+        """The size of what `path` answers with, its first bytes, and the seconds from the answer's head to the last
+        byte; the rest is received and forgotten."""
         self._begin("GET", path, 0)
         answer = self._http.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{path}: {answer.status} {answer.read().decode(errors='replace')}")
+        began = time.perf_counter()
         first = answer.read(1 << 16)
         total = int(answer.headers["Content-Length"])
         # What the reader has taken beyond the header comes first; the rest straight from the socket.
@@ -82,7 +85,7 @@ class Connection:
                 raise RuntimeError(f"{path}: {left} bytes are missing")
             left -= got
         answer.close()
-        return total, first
+        return total, first, time.perf_counter() - began
 
     def _begin(self, method: str, path: str, size: int) -> None:
         self._http.putrequest(method, path)
@@ -108,6 +111,7 @@ class Stub:
     lanes: int
     connections: list[Connection] = field(default_factory=list)
     version: int = 0
+    rate: float | None = None
     joined: Joined = field(init=False)
     _head: bytes = b""
     _digest: str = ""
@@ -135,6 +139,7 @@ class Stub:
                 "overlap_seconds": 1.0,
                 "sync_seconds": 0.0,
                 "training_share": 1.0,
+                "download_rate": self.rate,
                 "loss": None,
                 "evaluation": None,
                 "repairs": 0,
@@ -209,7 +214,8 @@ class Stub:
     def follow(self) -> int:
         """Waits for the next version and receives its delta; its bytes."""
         path = f"/v1/fragments/0/versions/{self.version + 1}/delta?wait=60"
-        size, first = self.connections[0].drain(path)
+        size, first, seconds = self.connections[0].drain(path)
+        self.rate = size / max(seconds, 1e-3)
         header, _ = read_header(Bytes(first), header_bound(self.fragment))
         self.version, self._base = header.version, header.digest
         return size

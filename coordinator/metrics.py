@@ -61,6 +61,9 @@ class Metrics:
         self.site_steps = Gauge("isthmus_site_inner_steps", "Inner steps, as reported", ["site"], registry=r)
         self.site_step_seconds = Gauge("isthmus_site_step_seconds", "Median inner step", ["site"], registry=r)
         self.site_share = Gauge("isthmus_site_training_share", "Share of time in inner steps", ["site"], registry=r)
+        self.site_download = Gauge(
+            "isthmus_site_download_bytes_per_second", "Of its last large download, as reported", ["site"], registry=r
+        )
         self.site_pace = Gauge("isthmus_site_pace_steps", "Inner steps a cycle, as paced", ["site"], registry=r)
         self.site_loss = Gauge("isthmus_site_train_loss_nats", "Training loss, as reported", ["site"], registry=r)
         self.site_repairs = Gauge("isthmus_site_anchor_repairs", "Repaired anchors", ["site"], registry=r)
@@ -105,6 +108,8 @@ class Metrics:
         self.site_step_seconds.labels(site).set(report.step_seconds)
         self.site_share.labels(site).set(report.training_share)
         self.site_repairs.labels(site).set(report.repairs)
+        if report.download_rate is not None:
+            self.site_download.labels(site).set(report.download_rate)
         if report.loss is not None:
             self.site_loss.labels(site).set(report.loss)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.outer.step import OuterState
-from coordinator.readers import Readers
 from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from coordinator.store.state_dir import StateDir
@@ -38,7 +37,8 @@ class Published:
 
 
 class Publication:
-    """Answers for deltas and snapshots. `newest` is what the journal holds; the states may be a step ahead."""
+    """Answers for deltas and snapshots. `newest` is what the journal holds; the states may be a step ahead. `link`: how
+    many bytes per second reach the sites, None where nobody knows."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Publication:
         reader: Journal,
         workers: Workers,
         compression: Compression,
-        readers: Readers,
+        link: Callable[[], float | None],
         clock: Callable[[], float],
     ) -> None:
         self._store, self._states, self._reader, self._workers = store, states, reader, workers
-        self._compression, self._readers, self._clock = compression, readers, clock
+        self._compression, self._link, self._clock = compression, link, clock
         self._run = store.run_id
         self._initial_digests = [store.initial_digest(p) for p in range(len(states))]
         self.newest = [Published(state.version, state.digest, state.tokens) for state in states]
@@ -124,7 +124,7 @@ class Publication:
             raise Refused(Code.NOT_PUBLISHED, f"fragment {fragment} is at version {newest}", newest)
         if (path := self._find_snapshot(fragment, version)) is None:
             try:
-                made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment)
+                made = await self._workers.on(self._workers.merger, self._make_snapshot, fragment, self._link())
             except OSError as error:
                 raise self._workers.storage_refusal(error) from error
             if made != version:
@@ -152,16 +152,16 @@ class Publication:
         except TimeoutError:
             return
 
-    def _make_snapshot(self, fragment: int) -> int:
+    def _make_snapshot(self, fragment: int, link: float | None) -> int:
         """On the merge thread, where the state stands still: a snapshot of the version that it has, which may be a
-        moment from being published. Returns that version."""
+        moment from being published, for a link of so many bytes per second. Returns that version."""
         state = self._states[fragment]
         version = state.version
         if self._find_snapshot(fragment, version) is not None:
             return version
         first = state.fragment.chunks()[0]
         sample = DENSE["fp32"].encode(state.published[first.start : first.stop])
-        level = self._compression.level(sample, self._readers.slowest)
+        level = self._compression.level(sample, link)
         header = Header(
             kind="snapshot",
             run=self._run,

@@ -32,7 +32,6 @@ from coordinator.mirroring import Mirroring
 from coordinator.outer.optimizers import SLOTS, OuterRule
 from coordinator.outer.step import OuterState, Room, Stepped, warm_up
 from coordinator.publication import Publication, Published
-from coordinator.readers import Readers
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import StoredRound
@@ -147,11 +146,11 @@ class Coordinator:
         self._looking_back = asyncio.Lock()
         self._rounds: list[dict[str, Any]] = []
         self.failure: asyncio.Future[None] = asyncio.Future()
-        self.readers = Readers()
         self._delta_compression = Compression(config.wire.zstd_level)
         self._delta_level = usual_level(config.wire.zstd_level)
         snapshots = Compression(config.wire.zstd_level)
-        self.publication = Publication(store, states, self.reader, workers, snapshots, self.readers, self.clock)
+        link = self.core.members.slowest_download
+        self.publication = Publication(store, states, self.reader, workers, snapshots, link, self.clock)
         self.lending = Lending(store.journal, self.reader, workers, len(states), config.run.seed)
         self.intake = Intake(
             self.core,
@@ -303,6 +302,7 @@ class Coordinator:
             overlap_seconds=message.overlap_seconds,
             sync_seconds=message.sync_seconds,
             training_share=message.training_share,
+            download_rate=message.download_rate,
             loss=message.loss,
             repairs=message.repairs,
             evaluates=message.evaluates,
@@ -457,7 +457,8 @@ class Coordinator:
         p, version, workers = close.fragment, close.version, self.workers
         async with self._stepping:
             began = self.clock()
-            stepped = await workers.on(workers.merger, self._execute, p, version)
+            link = self.core.members.slowest_download()
+            stepped = await workers.on(workers.merger, self._execute, p, version, link)
             merged = self.clock()
             put = partial(self.store.blobs.put, executor=workers.chunks)
             digest = await workers.durably(workers.merger, "a delta", put, *stepped.delta)
@@ -473,7 +474,9 @@ class Coordinator:
             if self._mirroring.due():
                 self._mirroring.begin(self.core.tokens)
 
-    def _execute(self, fragment: int, version: int) -> Stepped:
+    def _execute(self, fragment: int, version: int, link: float | None) -> Stepped:
+        """On the merge thread: the round's step, and how hard the next deltas are compressed for sites whose `link`
+        brings so many bytes per second."""
         round_ = self._merge_reader.round(fragment, version)
         if round_ is None:
             raise IsthmusError(f"round {fragment}/{version} is not in the journal")
@@ -490,7 +493,7 @@ class Coordinator:
         )
         state.vectors.rest()
         self._delta_level = self._delta_compression.level(
-            unpacked(stepped.delta[len(stepped.delta) // 2], round_.rule.zstd_level), self.readers.slowest
+            unpacked(stepped.delta[len(stepped.delta) // 2], round_.rule.zstd_level), link
         )
         return stepped
 

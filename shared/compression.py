@@ -33,13 +33,18 @@ class Trial:
 
 
 def best_level(trials: Sequence[Trial], link: float) -> int:
-    """The level under which a byte is soonest over a link of `link` bytes per second; 0: as it is."""
+    """The level under which a byte is soonest over a link of `link` bytes per second; 0: as it is.
 
-    def seconds(trial: Trial) -> float:
-        return 1 / trial.bytes_per_second + trial.ratio / link
+    How slow a link is, may be somebody else's claim. Whatever it says, the answer is among the trials, and is none of
+    them where nothing gets smaller: at the worst everyone pays for the slowest trial.
+    """
 
-    best = min(trials, key=seconds, default=None)
-    return best.level if best is not None and seconds(best) < 1 / link else 0
+    def cost(trial: Trial) -> float:
+        """Seconds for each one that the same bytes take as they are."""
+        return link / trial.bytes_per_second + trial.ratio
+
+    best = min(trials, key=cost, default=None)
+    return best.level if best is not None and cost(best) < 1 else 0
 
 
 def usual_level(wanted: Level) -> int:

@@ -41,6 +41,8 @@ Name = Annotated[str, Field(pattern=SITE_NAME)]
 RunId = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Bytes per second."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 BlobDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -207,7 +209,8 @@ class Evaluation(Message):
 
 class Heartbeat(Message):
     """Sent on a connection of its own. `step_seconds` is the median inner step; 0 where not yet measured.
-    `evaluates`: the site has held-out data, and may be asked to evaluate the published weights."""
+    `evaluates`: the site has held-out data, and may be asked to evaluate the published weights. `download_rate`: what
+    its link brought while it took the last large delta or snapshot of this coordinator; None before the first."""
 
     run: RunId
     session: Annotated[str, Field(max_length=64)]
@@ -218,6 +221,7 @@ class Heartbeat(Message):
     overlap_seconds: Seconds
     sync_seconds: Seconds
     training_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    download_rate: Rate | None
     loss: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None
     evaluation: Evaluation | None
     repairs: Count

@@ -177,6 +177,7 @@ class Branch:
             overlap_seconds=report.overlap_seconds,
             sync_seconds=report.sync_seconds,
             training_share=min(1.0, max(0.0, report.training_share)),
+            download_rate=self.link.download_rate,
             loss=report.loss if report.loss is not None and abs(report.loss) <= 1e6 else None,
             evaluation=evaluation if first else None,
             repairs=self._speaker.repairs,

@@ -50,6 +50,9 @@ M = TypeVar("M", bound=Message)
 
 WAIT_SECONDS = 20.0
 BACKOFF_FIRST, BACKOFF_LONGEST = 0.2, 15.0
+MEASURED_BYTES = 1 << 20
+"""A download of less comes out of buffers, and says little of the link."""
+SHORTEST_SECONDS = 1e-3
 DAMAGED = 5
 """An object that comes whole and wrong so often is not damaged on its way."""
 FAILURES = 3
@@ -78,12 +81,14 @@ def backoff(attempt: int, chance: float) -> float:
 class Link:
     """The requests of site `site`, over `transport`. Use as an async context manager, within one event loop.
 
-    `patience` is for how many seconds a request is tried again before FaultError.
+    `patience` is for how many seconds a request is tried again before FaultError. `download_rate`: bytes per second
+    that the link brought during the last download of `measured_bytes` or more; None before the first.
     """
 
     def __init__(self, transport: Transport, site: str, patience: float) -> None:
         self.patience = patience
-        self.inline_bytes = INLINE_BYTES
+        self.inline_bytes, self.measured_bytes = INLINE_BYTES, MEASURED_BYTES
+        self.download_rate: float | None = None
         self.pace = UploadPace()
         self.in_touch: Callable[[bool], None] = lambda ok: None
         """Told whether the coordinator answers on the control connection, with each answer and at the third failure."""
@@ -222,6 +227,8 @@ class Link:
                 if request.control:
                     self.pace.answered(clock() - tried)
                     self.in_touch(True)
+                elif len(body) >= self.measured_bytes and download.rate > 0:
+                    self.download_rate = download.rate
                 return body
             except TransientError as error:
                 fault = str(error)
@@ -261,7 +268,14 @@ class _Download:
 
     def __init__(self) -> None:
         self._tag, self._whole, self._got = "", 0, bytearray()
+        self._carried, self._seconds = 0, 0.0
         self.damaged = 0
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that the link brought while the object came: neither the wait before it nor pauses between
+        tries count. 0 where nobody timed it."""
+        return self._carried / max(self._seconds, SHORTEST_SECONDS)
 
     def rest_of(self, request: Request) -> Request:
         if not self._got:
@@ -275,7 +289,9 @@ class _Download:
         if partial.status == 200:
             self._tag, self._got = partial.headers.get("etag", ""), bytearray()
             self._whole = int(partial.headers["content-length"])
+            self._carried, self._seconds = 0, 0.0
         self._got += partial.body
+        self._time(partial)
         return True
 
     async def take(self, reply: Reply) -> bytes:
@@ -288,10 +304,17 @@ class _Download:
             self._got.clear()
             if not fits:
                 raise TransientError("the rest of a download does not fit its beginning")
+        else:
+            self._carried, self._seconds = 0, 0.0
+        self._time(reply)
         if _DIGEST.fullmatch(tag) and await asyncio.to_thread(blob_digest, body) != tag:
             self.damaged += 1
             raise TransientError("the object was damaged on its way")
         return body
+
+    def _time(self, reply: Reply) -> None:
+        self._carried += reply.carried
+        self._seconds += reply.seconds
 
     def _fits(self, reply: Reply) -> bool:
         """Whether the answer can be gone on with (a tag that names exact bytes), or goes on from what is here."""

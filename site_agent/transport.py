@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,11 +42,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back; `headers` with lower-case names."""
+    """What came back; `headers` with lower-case names. From the answer's head to the last byte of its body, which took
+    `seconds`, `carried` bytes of bodies came over the link: this one's, and those of other downloads."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    carried: int = 0
+    seconds: float = 0.0
 
 
 class Transport(ABC):
@@ -103,9 +107,16 @@ def credentials(
 class Http(Transport):
     """Real connections. `counted` is told of body bytes sent and received."""
 
-    def __init__(self, url: str, who: Credentials, counted: Callable[[int, int], None] = lambda up, down: None) -> None:
+    def __init__(
+        self,
+        url: str,
+        who: Credentials,
+        counted: Callable[[int, int], None] = lambda up, down: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.url = url.rstrip("/")
-        self._who, self._counted = who, counted
+        self._who, self._counted, self._clock = who, counted, clock
+        self._carried = 0
         self._data: aiohttp.ClientSession
         self._control: aiohttp.ClientSession
 
@@ -129,6 +140,12 @@ class Http(Transport):
         session = self._control if request.control else self._data
         headers = {"Content-Type": MEDIA_TYPE} if request.body is not None else {}
         got, answered = bytearray(), None
+        began = came = 0.0
+        before = carried = 0
+
+        def reply(status: int, names: Mapping[str, str]) -> Reply:
+            return Reply(status, names, bytes(got), carried - before, came - began)
+
         try:
             # Wrapped, because aiohttp warns of large bodies that are plain bytes.
             data_out = io.BytesIO(request.body) if request.body is not None else None
@@ -142,10 +159,14 @@ class Http(Transport):
             ) as answer:
                 answered = answer.status, {name.lower(): value for name, value in answer.headers.items()}
                 self._counted(len(request.body or b""), 0)
+                began = came = self._clock()
+                before = carried = self._carried
                 async for piece in answer.content.iter_any():
                     self._counted(0, len(piece))
                     got += piece
-                return Reply(*answered, bytes(got))
+                    self._carried += len(piece)
+                    carried, came = self._carried, self._clock()
+                return reply(*answered)
         except TimeoutError:
             fault = "no answer in time"
         except aiohttp.ClientConnectorCertificateError as error:
@@ -156,4 +177,4 @@ class Http(Transport):
             fault = error.os_error.strerror or str(error.os_error)
         except (aiohttp.ClientError, OSError) as error:
             fault = str(error) or type(error).__name__
-        raise TransientError(fault, Reply(*answered, bytes(got)) if answered is not None else None)
+        raise TransientError(fault, reply(*answered) if answered is not None else None)

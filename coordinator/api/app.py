@@ -6,8 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,24 +53,26 @@ DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
 
 
 class _Tagged(web.FileResponse):
-    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change with a rewrite. `sent`
-    is told of how many bytes went out in how many seconds."""
+    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change with a rewrite."""
 
-    def __init__(self, path: Path, headers: dict[str, str], sent: Callable[[int, float], None]) -> None:
+    def __init__(self, path: Path, headers: dict[str, str]) -> None:
         super().__init__(path, headers=headers)
-        self.tag, self._sent = headers["ETag"], sent
+        self.tag = headers["ETag"]
 
     async def _sendfile(self, request: BaseRequest, fobj: IO[Any], offset: int, count: int) -> AbstractStreamWriter:
         """aiohttp's, in pieces: it hands all of the file to one system call, which does not come back to the event loop
-        for as long as the reader keeps up."""
+        for as long as the reader keeps up. Over TLS asyncio reads and writes in place of the call; a loop that has
+        neither says so, and aiohttp does it."""
         writer = await web.StreamResponse.prepare(self, request)
         if writer is None or (transport := request.transport) is None:
             raise ConnectionResetError("the connection is lost")
         loop = asyncio.get_running_loop()
-        began = loop.time()
         for at in range(offset, offset + count, SEND_BYTES):
-            await loop.sendfile(transport, fobj, at, min(SEND_BYTES, offset + count - at))
-        self._sent(count, loop.time() - began)
+            left = offset + count - at
+            try:
+                await loop.sendfile(transport, fobj, at, min(SEND_BYTES, left))
+            except NotImplementedError:
+                return await self._sendfile_fallback(writer, fobj, at, left)
         await web.StreamResponse.write_eof(self)
         return writer
 
@@ -290,8 +291,7 @@ class Api:
         }
         if f'"{digest}"' in request.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
-        site = request.headers.get(SITE_HEADER, "")
-        return _Tagged(path, headers, partial(self._coordinator.readers.received, site))
+        return _Tagged(path, headers)
 
     async def _before_answer(self, request: web.Request, response: web.StreamResponse) -> None:
         if isinstance(response, _Tagged):

@@ -22,7 +22,8 @@ State = Literal["preparing", "ready", "training"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a site says of itself with each heartbeat; seconds of 0 mean: not yet measured."""
+    """What a site says of itself with each heartbeat; seconds of 0 mean: not yet measured. `download_rate`: bytes per
+    second."""
 
     state: State
     steps: int = 0
@@ -31,6 +32,7 @@ class Report:
     overlap_seconds: float = 0.0
     sync_seconds: float = 0.0
     training_share: float = 0.0
+    download_rate: float | None = None
     loss: float | None = None
     repairs: int = 0
     evaluates: bool = True
@@ -90,6 +92,12 @@ class Membership:
     def in_state(self, *states: State) -> list[Member]:
         """The live sites in any of `states`, in order of name."""
         return [self.live[site] for site in sorted(self.live) if self.live[site].report.state in states]
+
+    def slowest_download(self) -> float | None:
+        """Bytes per second that reach the slowest of the live sites that train, for whom a round lasts longest; None
+        where none of them has said."""
+        rates = (member.report.download_rate for member in self.in_state("training"))
+        return min((rate for rate in rates if rate is not None), default=None)
 
     def next_expiry(self) -> float | None:
         return min((member.lease_until for member in self.live.values()), default=None)

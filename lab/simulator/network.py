@@ -10,7 +10,7 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -178,6 +178,7 @@ class Imagined(Transport):
         if unanswered or self.wire.cut:
             await asyncio.sleep(QUIET_SECONDS * self.rng.random())
             raise TransientError("cut")
+        reply = replace(reply, carried=len(reply.body), seconds=len(reply.body) / weather.rate)
         if reply.body and chance() < weather.damaged:
             return self._damaged(reply)
         return reply
@@ -236,10 +237,16 @@ class Imagined(Transport):
     def _damaged(self, reply: Reply) -> Reply:
         """An answer that arrives cut, or with a bit that is another."""
         if self.rng.random() < 0.5:
-            raise TransientError("cut", Reply(reply.status, reply.headers, reply.body[: len(reply.body) // 2]))
+            half = replace(
+                reply,
+                body=reply.body[: len(reply.body) // 2],
+                carried=reply.carried // 2,
+                seconds=reply.seconds / 2,
+            )
+            raise TransientError("cut", half)
         body = bytearray(reply.body)
         body[self.rng.randrange(len(body))] ^= 1 << self.rng.randrange(8)
-        return Reply(reply.status, reply.headers, bytes(body))
+        return replace(reply, body=bytes(body))
 
 
 def _garbled(request: Request, rng: random.Random) -> Request:

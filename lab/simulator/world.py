@@ -312,6 +312,7 @@ class SiteProcess:
         metrics = world.site_metrics
         transport = Imagined(self.name, self.wire, world.coordinator, lambda: world.coordinator.routes, world.rng)
         link = Link(transport, self.name, patience=3600.0)
+        link.measured_bytes = 1  # its versions are all small
         if world.schedule.in_parts:
             link.inline_bytes = 0
         courier = Courier(lambda url: link, transport.url, self.name, metrics, news.put_nowait)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.machine import Machine, memory_bytes
+from coordinator.machine import Machine
 from coordinator.publication import Publication
 from coordinator.service import Coordinator
 from coordinator.store.journal import Journal
@@ -107,14 +107,6 @@ def test_auto_goes_by_the_memory_of_the_machine(tmp_path: Path, memory: int, map
         return found
 
     assert asyncio.run(run()) is mapped
-
-
-def test_a_containers_limit_is_its_memory(tmp_path: Path) -> None:
-    limit, whole = tmp_path / "memory.max", memory_bytes(tmp_path / "none")
-    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for says, bytes_ in (("max\n", whole), ("1048576\n", 1 << 20), (f"{2 * whole}\n", whole)):
-        limit.write_text(says)
-        assert memory_bytes(limit) == bytes_
 
 
 def test_a_disk_without_room_for_the_states_is_refused_before_anyone_can_contribute(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+import lab.link as emulator
 from coordinator.core.run import RunCore
 from coordinator.tokens import add_token
+from lab.shaping import LinkSettings
 from shared.config import RunConfig
 from shared.fragments import CHUNK_ELEMENTS
 from shared.protocol import PART_BYTES, SITE_HEADER, Code, Heartbeat, OpenUpload, Outcome, Upload, pack, unpack
@@ -34,6 +37,7 @@ pytestmark = pytest.mark.skipif(NGINX is None, reason=MISSING)
 
 SITES = [f"site-{n}" for n in range(10)]
 PATIENCE_SECONDS = 120.0
+THIN = LinkSettings(rate=4e6, rtt=0.01)
 TASK = """
 import torch
 from torch import nn
@@ -192,7 +196,8 @@ class Site:
         nothing = {"steps": 0, "tokens": 0, "repairs": 0, "loss": None, "evaluation": None, "data": None}
         speeds = {"step_seconds": 0.0, "overlap_seconds": 0.0, "sync_seconds": 0.0, "training_share": 0.0}
         who = {"run": self.linked.run, "session": self.session, "state": state, "evaluates": False}
-        await self.linked.heartbeat(Heartbeat.model_validate(who | nothing | speeds))
+        rate = {"download_rate": self.linked.download_rate}
+        await self.linked.heartbeat(Heartbeat.model_validate(who | nothing | speeds | rate))
 
     async def contribute(self, fleet: Fleet) -> None:
         outcome = await self.linked.contribute(*fleet.contribution(self.name, self.session))
@@ -270,6 +275,26 @@ async def test_what_is_in_the_cache_goes_on_from_any_byte_and_to_nobody_else(tmp
             other = await ours.send(Request("GET", where("delta"), {"run": "another"}))
             assert told(other) == (409, Code.WRONG_RUN)
     assert fleet.ledger.sent() == {where("delta"): [len(delta)]}
+
+
+async def test_the_coordinator_hears_of_the_links_behind_the_cache(tmp_path: Path) -> None:
+    """What it sends itself goes to the cache, which is near; here it does not even send anything."""
+    with fleet_at(tmp_path, 1) as fleet:
+        async with AsyncExitStack() as stack:
+            (near,) = await training(fleet, stack, SITES[:1])
+            await near.contribute(fleet)
+            await near.linked.delta(0, 1)
+            thin = emulator.Link(("127.0.0.1", 0), ("127.0.0.1", int(fleet.url.rpartition(":")[2])), THIN)
+            url = f"http://127.0.0.1:{await thin.start()}"
+            stack.push_async_callback(thin.stop)
+            (far,) = await training(replace(fleet, url=url), stack, SITES[1:2])
+            await far.linked.delta(0, 1)
+            for site in (near, far):
+                await site.beat("training")
+            rates = [site.linked.download_rate or math.inf for site in (near, far)]
+            assert fleet.served.coordinator.core.members.slowest_download() == min(rates)
+            assert rates[1] < 5 * THIN.rate, "of loopback it would be a hundred times as much"
+    assert len(fleet.ledger.sent()[where("delta")]) == 1
 
 
 async def test_every_site_has_its_own_long_poll_and_no_refusal_is_kept(tmp_path: Path) -> None:

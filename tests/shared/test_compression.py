@@ -31,6 +31,13 @@ def test_what_does_not_get_smaller_is_sent_as_it_is() -> None:
     assert best_level([Trial(1, 1.0, 1e9), Trial(3, 1.01, 1e8)], 1.0) == 0
 
 
+@pytest.mark.parametrize("claim", [1.0, 1e-3, 1e-300, 5e-324])
+def test_a_claim_of_no_link_at_all_costs_no_more_than_the_slowest_trial(claim: float) -> None:
+    """Levels that are not tried, however small they make things, nobody can bring about."""
+    assert best_level([QUICK, THOROUGH], claim) == THOROUGH.level == max(LEVELS)
+    assert best_level([Trial(1, 1.0, 5e8), Trial(3, 1.0, 1e8)], claim) == 0, "what is not smaller is not bought"
+
+
 def ticking(seconds: float) -> Callable[[], float]:
     times: Iterator[float] = iter(np.arange(10_000) * seconds)
     return lambda: float(next(times))

@@ -56,6 +56,7 @@ class Coordinator:
         self.index, self.url, self.run = index, URLS[index], f"r.{index}.x"
         self.in_touch: Callable[[bool], None] = lambda ok: None
         self.shard, self.config, self.pace = index, CONFIG, UploadPace()
+        self.download_rate = 1e6 * (1 + index)
         self.orders = Orders(
             started=False,
             finished=False,
@@ -315,6 +316,7 @@ async def test_only_the_first_coordinator_hears_of_data_and_evaluations(
     for there, first in zip(coordinators, (True, False), strict=True):
         said = there.heartbeats[-1]
         assert (said.run, said.session, said.state, said.steps) == (there.run, f"session-{there.index}", "training", 3)
+        assert said.download_rate == there.download_rate, "each hears of its own link"
         assert (said.evaluates, said.data is not None, said.evaluation is not None) == (first, first, first)
 
 

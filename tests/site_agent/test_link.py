@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from shared.protocol import DIGEST_HEADER, Leave, OpenUpload, Outcome, Upload, c
 from shared.wire import blob_digest
 from site_agent import link
 from site_agent.core.upload_pace import FIRST_BYTES
-from site_agent.link import FAILURES, Link, Refusal
+from site_agent.link import FAILURES, MEASURED_BYTES, Link, Refusal
 from site_agent.transport import Reply, Request, TransientError, Transport
 
 BODY = bytes(range(256)) * 40
@@ -157,6 +158,50 @@ async def test_the_coordinator_is_out_of_reach_after_a_few_failures_in_a_row_and
     assert heard == [True]
     await asking.leave("session", 60.0)
     assert heard == [True, False, True]
+
+
+MANY = bytes(range(256)) * 4096
+MANY_TAG = f'"{blob_digest(MANY)}"'
+MANY_WHOLE = {"etag": MANY_TAG, "content-length": str(len(MANY))}
+
+
+def timed(body: bytes, seconds: float, **more: Any) -> Reply:
+    return Reply(200, MANY_WHOLE, body, **{"carried": len(body), "seconds": seconds} | more)
+
+
+async def measured(*script: Answer) -> float | None:
+    linked = Link(Scripted(*script), "eu", patience=60.0)
+    assert linked.download_rate is None
+    assert await linked.delta(0, 1) in (MANY, MANY[:-1])
+    return linked.download_rate
+
+
+async def test_a_large_download_says_how_fast_the_link_is() -> None:
+    assert len(MANY) == MEASURED_BYTES
+    assert await measured(timed(MANY, 2.0)) == MEASURED_BYTES / 2
+    assert await measured(timed(MANY, 2.0, carried=5 * len(MANY))) == 5 * MEASURED_BYTES / 2, "others came meanwhile"
+    assert await measured(timed(MANY, 0.0)) == MEASURED_BYTES * 1e3, "out of a buffer"
+    assert await measured(Reply(200, MANY_WHOLE, MANY)) is None, "nobody took the time"
+    assert await measured(Reply(200, {}, MANY[:-1], len(MANY) - 1, 2.0)) is None, "too small to tell"
+
+
+async def test_the_last_download_counts() -> None:
+    transport = Scripted(timed(MANY, 2.0), timed(MANY, 4.0), Reply(200, {}, b"small", 5, 1.0))
+    linked = Link(transport, "eu", patience=60.0)
+    rates = []
+    for version in (1, 2, 3):
+        await linked.delta(0, version)
+        rates.append(linked.download_rate)
+    assert rates == [MEASURED_BYTES / 2, MEASURED_BYTES / 4, MEASURED_BYTES / 4]
+
+
+async def test_a_download_that_was_cut_is_timed_by_what_it_was_on_its_way() -> None:
+    """In pieces that each are too small to tell, and without the pauses between them."""
+    begun, left = len(MANY) // 4, len(MANY) - len(MANY) // 4
+    span = {"etag": MANY_TAG, "content-range": f"bytes {begun}-{len(MANY) - 1}/{len(MANY)}"}
+    first = TransientError("cut", timed(MANY[:begun], 3.0))
+    assert await measured(first, Reply(206, span, MANY[begun:], left, 5.0)) == MEASURED_BYTES / 8
+    assert await measured(first, timed(MANY, 4.0)) == MEASURED_BYTES / 4, "begun anew"
 
 
 class Narrow(Transport):

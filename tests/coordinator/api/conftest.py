@@ -128,6 +128,7 @@ class Site:
             "overlap_seconds": 0.0,
             "sync_seconds": 0.0,
             "training_share": 0.0,
+            "download_rate": None,
             "loss": None,
             "evaluation": None,
             "repairs": 0,

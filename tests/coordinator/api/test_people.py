@@ -108,7 +108,7 @@ async def test_the_metrics_hold_what_an_operator_asks(fleet: Any) -> None:
     (site,) = await fleet.trains("eu")
     await site.contribute(0, 0)
     await site.published(0, 1)
-    await site.beat("training", steps=7, step_seconds=0.25, training_share=0.5, loss=2.5, repairs=1)
+    await site.beat("training", steps=7, step_seconds=0.25, training_share=0.5, download_rate=2e6, loss=2.5, repairs=1)
     await site.offer(site.body(), base=9)
     found = await metrics(fleet)
     eu = (("site", "eu"),)
@@ -123,6 +123,7 @@ async def test_the_metrics_hold_what_an_operator_asks(fleet: Any) -> None:
     assert found["isthmus_site_inner_steps"] == {eu: 7.0}
     assert found["isthmus_site_step_seconds"] == {eu: 0.25}
     assert found["isthmus_site_training_share"] == {eu: 0.5}
+    assert found["isthmus_site_download_bytes_per_second"] == {eu: 2e6}
     assert found["isthmus_site_train_loss_nats"] == {eu: 2.5}
     assert found["isthmus_site_anchor_repairs"] == {eu: 1.0}
     assert found["isthmus_tokens_merged"] == {(): 5.0}, "the mean over two fragments"

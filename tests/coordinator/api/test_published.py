@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from coordinator.api import app
 from coordinator.publication import SNAPSHOTS_KEPT
 from shared.fragments import digest_flat
+from shared.protocol import Leave
 from shared.wire import blob_digest, open_container
+from tests.coordinator.api.conftest import TASK
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -61,6 +64,46 @@ async def test_a_file_goes_out_in_pieces_between_which_the_loop_is_free(
     monkeypatch.setattr(loop, "sendfile", counted)
     assert (await site.published(0, 1)).body == whole
     assert pieces == [(at, min(64, len(whole) - at)) for at in range(0, len(whole), 64)]
+
+
+async def published_zstd(fleet: Any, version: int, *sites: Any) -> bool:
+    """Whether the delta to `version`, which the sites' contributions make, is compressed."""
+    for site in sites:
+        await site.contribute(0, version - 1)
+    fragment = fleet.coordinator.layout.fragments[0]
+    with open_container((await sites[0].published(0, version)).body, fragment) as delta:
+        return bool(delta.header.zstd)
+
+
+async def test_deltas_and_snapshots_are_compressed_while_a_slow_site_trains_and_not_on_fast_links(
+    serve: Any, tmp_path: Path
+) -> None:
+    """No processor compresses 1e15 bytes in a second, or one in a second only; each delta goes by what was known when
+    the one before it was made."""
+    (tmp_path / "flat.py").write_text(TASK.replace("torch.randn", "torch.zeros"))
+    fleet = await serve(wire={"zstd_level": "auto"}, task={"use": "flat.py:Tiny"}, rounds={"fragments": 1})
+    fragment = fleet.coordinator.layout.fragments[0]
+    eu, us = await fleet.trains("eu", "us")
+
+    async def snapshot_zstd(version: int) -> bool:
+        with open_container((await eu.ask("GET", path(0, version, "snapshot"))).body, fragment) as snapshot:
+            return bool(snapshot.header.zstd)
+
+    assert await published_zstd(fleet, 1, eu, us), "nothing is known"
+    for site in (eu, us):
+        await site.beat("training", download_rate=1e15)
+    await published_zstd(fleet, 2, eu, us)
+    assert not await published_zstd(fleet, 3, eu, us)
+    assert not await snapshot_zstd(3)
+    await us.beat("training", download_rate=1.0)
+    await published_zstd(fleet, 4, eu, us)
+    assert await published_zstd(fleet, 5, eu, us)
+    assert await snapshot_zstd(5)
+    gone = Leave(run=fleet.run, session=us.session)
+    assert (await us.ask("POST", "/v1/sites/us/leave", gone)).status == 204
+    await published_zstd(fleet, 6, eu)
+    assert not await published_zstd(fleet, 7, eu), "who has left has no say"
+    assert not await snapshot_zstd(7)
 
 
 async def test_a_version_that_is_not_there_yet_is_told_with_the_newest(fleet: Any) -> None:

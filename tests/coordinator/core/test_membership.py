@@ -67,6 +67,23 @@ def test_sites_in_a_state_come_in_order_of_name() -> None:
     assert membership.in_state("preparing") == []
 
 
+def test_the_slowest_download_is_that_of_the_sites_that_are_here_and_train() -> None:
+    membership = members("asia", "eu", "us")
+    assert membership.slowest_download() is None
+    membership.live["eu"].report = Report("training", download_rate=3e6)
+    membership.live["us"].report = Report("training")
+    assert membership.slowest_download() == 3e6, "who has not said yet is not waited for"
+    membership.live["us"].report = Report("training", download_rate=2e6)
+    membership.live["asia"].report = Report("ready", download_rate=1e6)
+    assert membership.slowest_download() == 2e6
+    membership.live["us"].report = Report("training", download_rate=4e6)
+    assert membership.slowest_download() == 3e6, "the newest report counts"
+    membership.remove("eu")
+    assert membership.slowest_download() == 4e6
+    membership.expire(30.0)
+    assert membership.slowest_download() is None
+
+
 def test_the_next_expiry_is_that_of_the_most_silent_site() -> None:
     assert members().next_expiry() is None
     membership = members("eu", "us")
