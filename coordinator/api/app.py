@@ -8,13 +8,11 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import IO, Any
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.web_request import BaseRequest
 
 from coordinator.api.bodies import pieces
+from coordinator.api.downloads import Downloads, Tagged
 from coordinator.api.errors import problems
 from coordinator.api.status import run_document, status_document, versions_document
 from coordinator.refused import Refused
@@ -47,34 +45,7 @@ LONGEST_WAIT_SECONDS = 60.0
 EVENTS_SECONDS = 1.0
 QUIET_SECONDS, SLOWEST_SECONDS = 60.0, 600.0
 """How long a body may pause, and how long one that is held in memory may take."""
-SEND_BYTES = 1 << 20
-"""What goes to the kernel in one call: about half a millisecond on loopback."""
 DASHBOARD = Path(__file__).parent.parent / "dashboard" / "index.html"
-
-
-class _Tagged(web.FileResponse):
-    """A file under the ETag of its headers; aiohttp would tag it by time and size, which change with a rewrite."""
-
-    def __init__(self, path: Path, headers: dict[str, str]) -> None:
-        super().__init__(path, headers=headers)
-        self.tag = headers["ETag"]
-
-    async def _sendfile(self, request: BaseRequest, fobj: IO[Any], offset: int, count: int) -> AbstractStreamWriter:
-        """aiohttp's, in pieces: it hands all of the file to one system call, which does not come back to the event loop
-        for as long as the reader keeps up. Over TLS asyncio reads and writes in place of the call; a loop that has
-        neither says so, and aiohttp does it."""
-        writer = await web.StreamResponse.prepare(self, request)
-        if writer is None or (transport := request.transport) is None:
-            raise ConnectionResetError("the connection is lost")
-        loop = asyncio.get_running_loop()
-        for at in range(offset, offset + count, SEND_BYTES):
-            left = offset + count - at
-            try:
-                await loop.sendfile(transport, fobj, at, min(SEND_BYTES, left))
-            except NotImplementedError:
-                return await self._sendfile_fallback(writer, fobj, at, left)
-        await web.StreamResponse.write_eof(self)
-        return writer
 
 
 class Api:
@@ -84,6 +55,7 @@ class Api:
         self._coordinator, self._insecure = coordinator, insecure
         self._stopping = False
         self.quiet_seconds = QUIET_SECONDS
+        self._downloads = Downloads()
 
     def app(self) -> web.Application:
         c = self._coordinator
@@ -291,10 +263,10 @@ class Api:
         }
         if f'"{digest}"' in request.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
-        return _Tagged(path, headers)
+        return Tagged(path, headers, self._downloads)
 
     async def _before_answer(self, request: web.Request, response: web.StreamResponse) -> None:
-        if isinstance(response, _Tagged):
+        if isinstance(response, Tagged):
             response.headers["ETag"] = response.tag
         site = request.headers.get(SITE_HEADER, "")
         sent = 0 if request.method == "HEAD" else response.content_length

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator.api import app
+from coordinator.api import downloads
 from coordinator.publication import SNAPSHOTS_KEPT
 from shared.fragments import digest_flat
 from shared.protocol import Leave
@@ -60,10 +61,23 @@ async def test_a_file_goes_out_in_pieces_between_which_the_loop_is_free(
         pieces.append((offset, count or 0))
         return await sendfile(transport, file, offset, count, **more)
 
-    monkeypatch.setattr(app, "SEND_BYTES", 64)
+    monkeypatch.setattr(downloads, "MOST_SENT", 64)
+    monkeypatch.setattr(downloads, "LEAST_SENT", 64)
     monkeypatch.setattr(loop, "sendfile", counted)
     assert (await site.published(0, 1)).body == whole
     assert pieces == [(at, min(64, len(whole) - at)) for at in range(0, len(whole), 64)]
+
+
+def test_the_more_downloads_the_less_each_sends_in_a_turn_of_the_loop() -> None:
+    under_way, shares = downloads.Downloads(), []
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(under_way)
+            shares.append(under_way.share)
+    assert shares[:4] == [4 << 20] * 4
+    assert shares[7] == 2 << 20
+    assert shares[99] == 256 << 10
+    assert under_way.share == 4 << 20
 
 
 async def published_zstd(fleet: Any, version: int, *sites: Any) -> bool:

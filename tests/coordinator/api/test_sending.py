@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from coordinator.api import app
+from coordinator.api import downloads
 from coordinator.daemon import Listen
 from tests.support.loopback import write_certificate
 
@@ -21,7 +21,8 @@ PIECE = 64
 @pytest.fixture
 async def site(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One that has brought fragment 0 to version 1, whose delta goes out in many pieces."""
-    monkeypatch.setattr(app, "SEND_BYTES", PIECE)
+    monkeypatch.setattr(downloads, "MOST_SENT", PIECE)
+    monkeypatch.setattr(downloads, "LEAST_SENT", PIECE)
     (site,) = await fleet.trains("eu")
     await site.contribute(0, 0)
     await site.published(0, 1)
