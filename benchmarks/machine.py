@@ -88,6 +88,8 @@ def report(title: str, copy: float, rows: Sequence[Mapping[str, Any]], file: Pat
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
