@@ -33,7 +33,9 @@ from shared.wire import Header, container_bound, open_container
 log = logging.getLogger(__name__)
 
 LARGEST_NORM = 1e18
-"""A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master."""
+"""A contribution beyond this norm is refused: merged and stepped in fp32 it could overflow the master. It is the second
+line: of sections that are screened one by one (`Codec.screen`) none is let through that would bring it near, and this
+one holds should a codec's screening ever err."""
 
 SPOOL_BYTES = 32 << 20
 MOST_ROOM, LEAST_ROOM = 1 << 20, 64 << 10
@@ -237,7 +239,7 @@ class Intake:
                 )
             squares = container.screen(hashed.update)
         if not squares <= LARGEST_NORM**2:
-            raise FormatError(f"its norm is beyond {LARGEST_NORM:g}, which no training survives")
+            raise FormatError(f"its norm is {squares**0.5:.7g}, beyond {LARGEST_NORM:g}, which no training survives")
         return Screened(header, squares**0.5), hashed.hexdigest()
 
     def _known(self, site: str, id_: str) -> int | None:

@@ -270,8 +270,8 @@ class Container:
 
     def screen(self, seen: Callable[[memoryview], object] = lambda data: None) -> float:
         """Σ of the squares of all that it decodes to, in one pass, in which `seen` is given all of the container's
-        bytes from first to last. Raises FormatError naming the first section that is malformed, and memory for one
-        section at a time is all that it takes."""
+        bytes from first to last. Raises FormatError naming the first section that is malformed or absurd (see
+        `Codec.screen`), and memory for one section at a time is all that it takes."""
         squares = []
         seen(self._source.read(0, self._offsets[0]))
         for section, chunk in enumerate(self.chunks):

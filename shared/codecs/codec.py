@@ -15,8 +15,8 @@ NOTHING = np.empty(0, dtype=np.float32)
 _FLAWS = {
     kernels.NOT_FINITE: "a {} is NaN or infinite",
     kernels.NEGATIVE: "a {} is negative",
-    kernels.TOO_LARGE: "a {} is so large that its values overflow",
-    kernels.OUT_OF_ORDER: "its {}s are not in order",
+    kernels.LEVELS_CROSS: "its low {} is above the high one",
+    kernels.OUT_OF_ORDER: "its indices are not in order",
     kernels.OUT_OF_RANGE: "an index is beyond its block",
     kernels.BAD_MODE: "a block's indices are coded in a way that is not known here",
     kernels.WRONG_LENGTH: "its indices do not end where it does",
@@ -50,7 +50,8 @@ class Codec(ABC):
 
     @abstractmethod
     def screen(self, raw: U8, elements: int) -> float:
-        """Σ decoded², in double precision. Raises FormatError unless `raw` decodes to finite values only."""
+        """Σ decoded², in double precision. Raises FormatError where `raw` could decode to anything but finite values
+        that training can survive (`kernels.LARGEST_VALUE`)."""
 
     def decode(self, raw: U8, elements: int) -> F32:
         """Raw bytes to fp32 (elements,)."""
@@ -66,7 +67,14 @@ class Codec(ABC):
             raise ValueError("a value to encode is NaN or infinite")
 
 
-def refuse_flaw(flaw: int, what: str) -> None:
-    """Raises FormatError where a screening kernel found a flaw; `what` it is that has values."""
+def refuse_flaw(flaw: int, what: str, found: float, reach: float = 1.0) -> None:
+    """Raises FormatError where a screening kernel found a flaw; `what` it is that has values. Where it is too large,
+    `found` is what it is, and `reach` how many times larger the largest value is that it can make."""
+    if flaw == kernels.TOO_LARGE:
+        values = f" and makes values of up to {found * reach:.9g}" if reach != 1.0 else ""
+        raise FormatError(
+            f"a {what} of {found:.9g} is absurd{values}: "
+            f"no training survives a change of a weight by more than {kernels.LARGEST_VALUE:.9g}"
+        )
     if flaw != kernels.SOUND:
         raise FormatError(_FLAWS[flaw].format(what))

@@ -45,7 +45,10 @@ class Dense(Codec):
 
     def screen(self, raw: U8, elements: int) -> float:
         flaw, squares = kernels.screen(self.kind, *self.split(raw, elements), elements)
-        refuse_flaw(flaw, "scale" if self._scaled else "value")
+        if self._scaled:
+            refuse_flaw(flaw, "scale", squares, float(kernels.reach_of(self.kind)))
+        else:
+            refuse_flaw(flaw, "value", squares)
         return float(squares)
 
     def with_step(self, step: float) -> Dense:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 BLOCK = 64
 TILE = 4096
 FP32, BF16, FP16, INT8, INT4, E3M0 = range(6)
-SOUND, NOT_FINITE, NEGATIVE, TOO_LARGE, OUT_OF_ORDER, OUT_OF_RANGE, BAD_MODE, WRONG_LENGTH = range(8)
+SOUND, NOT_FINITE, NEGATIVE, TOO_LARGE, LEVELS_CROSS, OUT_OF_ORDER, OUT_OF_RANGE, BAD_MODE, WRONG_LENGTH = range(9)
 """What a screening or an encoding found."""
 
 F32 = NDArray[np.float32]
@@ -34,12 +34,20 @@ I8 = NDArray[np.int8]
 I32 = NDArray[np.int32]
 
 LARGEST_SCALE = np.finfo(np.float32).max / np.float32(128)
-"""Beyond any weight that training could survive, and small enough that no value or sum of values overflows."""
+"""The largest that is encoded: small enough that no value or sum of values overflows."""
+LARGEST_VALUE = np.float32(2.0**20)
+"""The largest magnitude that passes a screening. What is screened is a difference of weights. Those of a model that
+trains are of the order of 1, outliers of a few hundred included, and near 2²⁰ fp32 keeps three binary digits behind the
+point: where one weight has moved by more, the model is lost whatever is merged. So no contribution of use is refused,
+and a sum of as many as there may be is far from where fp32 overflows. A scale counts as the largest value that it could
+make, which on the coarsest grid (int8 with steps of 3 root mean squares) refuses blocks from a root mean square of 2700
+on: lost as well. Decoding has no such bound: what was accepted once decodes for ever, and so do weights."""
 SMALLEST_NORMAL = np.float32(2.0**-126)
 _TO_INTEGER = np.float32(1.5 * 2**23)
 """Added to and taken from an fp32 below 2²² it is the nearest integer, halves to even; unlike rint it vectorises."""
 _INFINITY = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+_LARGEST_VALUE_BITS = np.uint32(LARGEST_VALUE.view(np.uint32))
 _WIDE = 16
 
 _jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
@@ -51,6 +59,15 @@ def levels_of(kind: int) -> np.float32:
     if kind == INT8:
         return np.float32(127)
     return np.float32(7) if kind == INT4 else np.float32(64)
+
+
+@_jit
+def reach_of(kind: int) -> np.float32:
+    """The largest magnitude, in scales, that a block codec's payload can say. Two's complement has one more below zero
+    than an encoder uses."""
+    if kind == INT8:
+        return np.float32(128)
+    return np.float32(8) if kind == INT4 else np.float32(64)
 
 
 # -- decoding
@@ -249,27 +266,37 @@ def _largest_bits(bits: U32) -> np.uint32:
 
 
 @_jit
-def _flaw_of_scales(scales: U16) -> int:
+def _flaw_of_scales(kind: int, scales: U16) -> tuple[int, float]:
+    """(what is wrong, the largest scale); where one of them cannot be, it says nothing."""
     largest, signs = np.uint16(0), np.uint16(0)
     for b in range(scales.size):
         largest = max(largest, scales[b] & np.uint16(0x7FFF))
         signs |= scales[b]
     if largest >= np.uint16(0x7F80):
-        return NOT_FINITE
+        return NOT_FINITE, 0.0
     if signs & np.uint16(0x8000):
-        return NEGATIVE
-    # The largest bf16 that is not beyond LARGEST_SCALE, which is 2¹²¹ less a unit in fp32's last place.
-    return TOO_LARGE if largest >= np.uint16(0x7C00) else SOUND
+        return NEGATIVE, 0.0
+    scale = _value_of(np.uint32(largest) << np.uint32(16))
+    return TOO_LARGE if scale > LARGEST_VALUE / reach_of(kind) else SOUND, float(scale)
+
+
+@_jit
+def _value_of(bits: np.uint32) -> np.float32:
+    """fp32 bits as the value that they are."""
+    one = np.empty(1, np.uint32)
+    one[0] = bits
+    return np.float32(one.view(np.float32)[0])
 
 
 @_jit
 def screen(kind: int, scales: U16, payload: U8, elements: int) -> tuple[int, float]:
     """(what is wrong, Σ decoded²) of a chunk, in one pass over its raw bytes. The sum is in double precision; where
-    something is wrong it says nothing."""
+    something is too large it is this scale or magnitude instead, and where something else is wrong it says nothing.
+    Too large is a scale with which any value could be beyond LARGEST_VALUE, whether or not one is."""
     total = 0.0
-    flaw = _flaw_of_scales(scales)  # a float codec has none, and they are sound
+    flaw, scale_found = _flaw_of_scales(kind, scales)  # a float codec has none, and they are sound
     if flaw != SOUND:
-        return flaw, 0.0
+        return flaw, scale_found
     bits = np.empty(TILE, np.uint32)
     values = bits.view(np.float32)
     q = np.empty(TILE, np.int8)
@@ -286,8 +313,9 @@ def screen(kind: int, scales: U16, payload: U8, elements: int) -> tuple[int, flo
             _add_integers(q[:size], scale, np.float32(1), values[:size])
         else:
             _float_bits(kind, payload[first:last], bits[:size])
-        if _largest_bits(bits[:size]) >= _INFINITY:
-            return NOT_FINITE, 0.0
+            largest = _largest_bits(bits[:size])
+            if largest > _LARGEST_VALUE_BITS:
+                return NOT_FINITE if largest >= _INFINITY else TOO_LARGE, float(_value_of(largest))
         total += square_sum(values[:size])
     return SOUND, total
 

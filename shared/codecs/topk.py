@@ -69,7 +69,7 @@ class TopK(Codec):
 
     def screen(self, raw: U8, elements: int) -> float:
         flaw, squares = kernels.screen(self.k, raw, elements)
-        refuse_flaw(flaw, "level")
+        refuse_flaw(flaw, "level", squares)
         return float(squares)
 
 

@@ -9,6 +9,8 @@ from shared.codecs.kernels import (
     BAD_MODE,
     F32,
     I32,
+    LARGEST_VALUE,
+    LEVELS_CROSS,
     NEGATIVE,
     NOT_FINITE,
     OUT_OF_ORDER,
@@ -28,6 +30,9 @@ FITTINGS = 4
 LARGEST = np.uint32(0x7F000000)
 """The fp32 bits of 2¹²⁷: below it a level rounds to a finite bf16."""
 LARGEST_LEVEL = np.uint16(0x7F00)
+"""The bf16 bits of 2¹²⁷, the largest that is decoded."""
+_LARGEST_SCREENED = np.uint16(LARGEST_VALUE.view(np.uint32) >> np.uint32(16))
+"""Those of the largest that passes a screening."""
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)
 _HIGH_BITS, _LOW_BITS = 11, 9
@@ -331,20 +336,21 @@ def _read_indices(coded: U8, mode: int, size: int, indices: I32) -> tuple[int, i
 
 
 @_jit
-def _flaw_of_levels(low: np.uint16, high: np.uint16) -> int:
+def _flaw_of_levels(low: np.uint16, high: np.uint16, largest: np.uint16) -> int:
     for level in (low, high):
         if (level & np.uint16(0x7FFF)) >= np.uint16(0x7F80):
             return NOT_FINITE
         if level & np.uint16(0x8000):
             return NEGATIVE
-        if level > LARGEST_LEVEL:
-            return TOO_LARGE
-    return OUT_OF_ORDER if low > high else SOUND
+    if max(low, high) > largest:
+        return TOO_LARGE
+    return LEVELS_CROSS if low > high else SOUND
 
 
 @_jit
-def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32) -> tuple[int, float]:
-    """acc += weight · decoded (to nothing where it is empty): (what is wrong, Σ decoded²)."""
+def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32, largest: np.uint16) -> tuple[int, float]:
+    """acc += weight · decoded (to nothing where it is empty): (what is wrong, Σ decoded²). `largest` are the bf16 bits
+    of the largest level there may be; of one that is larger the sum is the value instead."""
     blocks, value_at, index_at = _places(k, elements)
     if raw.size < index_at:
         return WRONG_LENGTH, 0.0
@@ -358,11 +364,11 @@ def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32) -> tup
         for n in range(2):
             at = 4 * b + 2 * n
             level_bits[n] = np.uint32(raw[at]) | (np.uint32(raw[at + 1]) << np.uint32(8))
-        flaw = _flaw_of_levels(np.uint16(level_bits[0]), np.uint16(level_bits[1]))
-        if flaw != SOUND:
-            return flaw, 0.0
+        flaw = _flaw_of_levels(np.uint16(level_bits[0]), np.uint16(level_bits[1]), largest)
         for n in range(2):
             level_bits[n] <<= np.uint32(16)
+        if flaw != SOUND:
+            return flaw, float(max(level[0], level[1])) if flaw == TOO_LARGE else 0.0
         mode = int(raw[4 * blocks + b])
         if mode > MOST_RICE and mode != PLAIN:
             return BAD_MODE, 0.0
@@ -385,11 +391,11 @@ def _decode(k: int, raw: U8, elements: int, weight: np.float32, acc: F32) -> tup
 def accumulate(k: int, raw: U8, weight: np.float32, acc: F32) -> int:
     """acc += weight · decoded, in place; elements that were not sent are not touched. What is wrong, if anything is;
     `acc` is of no use then."""
-    flaw, _ = _decode(k, raw, acc.size, weight, acc)
+    flaw, _ = _decode(k, raw, acc.size, weight, acc, LARGEST_LEVEL)
     return flaw
 
 
 @_jit
 def screen(k: int, raw: U8, elements: int) -> tuple[int, float]:
-    """(what is wrong, Σ decoded²) of a chunk."""
-    return _decode(k, raw, elements, np.float32(0), np.empty(0, np.float32))
+    """(what is wrong, Σ decoded²) of a chunk; of a level beyond LARGEST_VALUE the sum is this level instead."""
+    return _decode(k, raw, elements, np.float32(0), np.empty(0, np.float32), _LARGEST_SCREENED)

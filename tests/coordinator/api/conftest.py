@@ -145,6 +145,12 @@ class Site:
     def body(self, fragment: int = 0, base: int = 0, value: float = 0.5, codec: str = "int8", **changed: Any) -> bytes:
         """A contribution of `value` everywhere, with header fields `changed`."""
         part = self.fleet.coordinator.layout.fragments[fragment]
+        header = self.header(fragment, base, codec, **changed)
+        return encode_flat(header, part, np.full(part.size, value, np.float32), 1 if header.zstd else 0)
+
+    def header(self, fragment: int = 0, base: int = 0, codec: str = "int8", **changed: Any) -> Header:
+        """That of a contribution, with the fields `changed`."""
+        part = self.fleet.coordinator.layout.fragments[fragment]
         digest = self.fleet.coordinator.publication.digest(fragment, base) or "0" * 32
         fields: dict[str, Any] = {
             "kind": "contribution",
@@ -162,8 +168,7 @@ class Site:
             "steps": 5,
             "sizes": [],
         }
-        header = Header.model_validate(fields | changed)
-        return encode_flat(header, part, np.full(part.size, value, np.float32), 1 if header.zstd else 0)
+        return Header.model_validate(fields | changed)
 
     def opening(self, body: bytes, fragment: int = 0, base: int = 0, *, inline: bool = True, **more: Any) -> OpenUpload:
         fields: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from coordinator import uploads
 from coordinator.api.errors import STATUS
-from coordinator.intake import Intake
+from coordinator.intake import LARGEST_NORM, Intake
 from coordinator.refused import Refused
 from coordinator.store.journal import Journal
 from shared.codecs import CODECS
@@ -387,10 +388,10 @@ async def test_a_malformed_container_is_refused_and_touches_nothing(fleet: Any, 
 SCALES = {"NaN": (0x7FC0, "NaN or infinite"), "infinite": (0x7F80, "NaN or infinite"), "negative": (0xBF80, "negative")}
 
 
-@pytest.mark.parametrize("kind", ["NaN", "infinite", "negative", "overflowing"])
+@pytest.mark.parametrize("kind", ["NaN", "infinite", "negative", "absurd"])
 async def test_a_scale_that_is_no_scale_is_refused(fleet: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     (site,) = await fleet.trains("eu")
-    bits, says = SCALES.get(kind, (0x7F7F, "overflow"))
+    bits, says = SCALES.get(kind, (0x7F7F, "absurd"))
     int8 = CODECS["int8"]
     real = int8.encode
 
@@ -580,10 +581,30 @@ async def test_what_was_screened_is_what_is_merged(fleet: Any, monkeypatch: pyte
 
 async def test_values_so_large_that_the_step_overflows_do_not_end_the_run(fleet: Any) -> None:
     (site,) = await fleet.trains("eu")
-    assert (await site.offer(site.body(value=3e38))).is_problem(400, "malformed")
+    answer = await site.offer(site.body(value=3e38))
+    assert answer.is_problem(400, "malformed")
+    assert "section 0: a scale of 2.36768737e+36 is absurd" in answer.json["detail"]
     while merges := list(fleet.coordinator._merges):
         await asyncio.wait(merges)
     assert not fleet.coordinator.failure.done() or fleet.coordinator.failure.exception() is None
+    await goes_on(site)
+
+
+@pytest.mark.parametrize("squares", [1.01 * LARGEST_NORM**2, math.inf, math.nan])
+async def test_the_norm_is_bounded_whatever_the_screening_of_sections_lets_through(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, squares: float
+) -> None:
+    """The second line: no section that is screened as it should be leads here."""
+    (site,) = await fleet.trains("eu")
+    with monkeypatch.context() as patch:
+        patch.setattr(CODECS["int8"], "screen", lambda raw, elements: squares)
+        answer = await site.offer(site.body())
+    assert answer.is_problem(400, "malformed")
+    assert "its norm is " in answer.json["detail"]
+    assert "beyond 1e+18" in answer.json["detail"]
+    assert fleet.coordinator.reader.contributions(newest_of_each=True) == []
+    assert list((fleet.state / "uploads").iterdir()) == []
+    await site.contribute(0, 0)
     await goes_on(site)
 
 

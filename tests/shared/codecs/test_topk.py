@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shared.codecs import CODECS, TopK, codec_named, reference
+from shared.codecs import CODECS, TopK, codec_named, kernels, reference
 from shared.errors import FormatError
 
 F32 = NDArray[np.float32]
@@ -36,6 +36,10 @@ def test_an_encoding_has_the_bits_of_the_reference(x: F32, k: int) -> None:
     assert raw.tobytes() == wanted.tobytes()
     assert codec.decode(raw, x.size).tobytes() == (decoded + 0.0).tobytes()
     assert codec.least(x.size) <= raw.size <= codec.size(x.size)
+    if np.abs(decoded).max() > kernels.LARGEST_VALUE:
+        with pytest.raises(FormatError, match=r"a level of .* is absurd: no training survives"):
+            codec.screen(raw, x.size)
+        return
     squares = float(np.sum(decoded.astype(np.float64) ** 2))
     assert codec.screen(raw, x.size) == pytest.approx(squares, rel=1e-12)
 
@@ -120,8 +124,10 @@ def test_a_block_by_hand() -> None:
         (block(2, bytes([0b0101]), low=0x7F80), "a level is NaN or infinite"),
         (block(2, bytes([0b0101]), high=0xFFC0), "a level is NaN or infinite"),
         (block(2, bytes([0b0101]), low=0xBF80), "a level is negative"),
-        (block(2, bytes([0b0101]), high=0x7F01), "values overflow"),
-        (block(2, bytes([0b0101]), low=0x4000, high=0x3F80), "levels are not in order"),
+        (block(2, bytes([0b0101]), high=0x7F01), "a level of 1.71470411e.38 is absurd"),
+        (block(2, bytes([0b0101]), high=0x4981), "a level of 1056768 is absurd: no training survives"),
+        (block(2, bytes([0b0101]), low=0x4981, high=0x4981), "a level of 1056768 is absurd"),
+        (block(2, bytes([0b0101]), low=0x4000, high=0x3F80), "its low level is above the high one"),
     ],
 )
 def test_what_no_encoder_makes_is_refused_by_name(raw: NDArray[np.uint8], said: str) -> None:
@@ -130,7 +136,12 @@ def test_what_no_encoder_makes_is_refused_by_name(raw: NDArray[np.uint8], said: 
 
 
 @pytest.mark.parametrize(
-    ("indices", "said"), [((7, 7), "not in order"), ((9, 8), "not in order"), ((8, 100), "beyond its block")]
+    ("indices", "said"),
+    [
+        ((7, 7), "its indices are not in order"),
+        ((9, 8), "its indices are not in order"),
+        ((8, 100), "beyond its block"),
+    ],
 )
 def test_plain_indices_must_be_in_order_and_within_their_block(indices: tuple[int, int], said: str) -> None:
     packed = np.packbits([int(b) for b in reference.topk_bits(list(indices), 255)], bitorder="little").tobytes()
@@ -138,9 +149,15 @@ def test_plain_indices_must_be_in_order_and_within_their_block(indices: tuple[in
         TopK(64).screen(block(255, packed), 100)
 
 
+@pytest.mark.parametrize("low", [0x3F80, 0x4980])
+def test_levels_up_to_the_bound_pass_and_those_beyond_it_still_decode(low: int) -> None:
+    assert ONE.screen(block(2, bytes([0b0101]), low=low, high=0x4980), 4096) == 2.0**40
+    assert ONE.decode(block(2, bytes([0b0101]), low=low, high=0x7F00), 4096)[5] == 2.0**127
+
+
 @given(data=st.data(), n=st.sampled_from([1, 33, 4096, 5000]))
 @quick
-def test_whatever_passes_the_screening_decodes_to_finite_values_in_place(data: st.DataObject, n: int) -> None:
+def test_whatever_passes_the_screening_decodes_to_bounded_values_in_place(data: st.DataObject, n: int) -> None:
     raw = DEFAULT.encode(np.random.default_rng(n).standard_normal(n).astype(np.float32)).copy()
     for at in data.draw(st.lists(st.integers(0, raw.size - 1), max_size=4)):
         raw[at] = data.draw(st.integers(0, 255))
@@ -151,7 +168,7 @@ def test_whatever_passes_the_screening_decodes_to_finite_values_in_place(data: s
         return
     around = np.zeros(n + 2, np.float32)
     DEFAULT.accumulate(raw, 1.0, around[1:-1])
-    assert np.isfinite(around).all()
+    assert (np.abs(around) <= kernels.LARGEST_VALUE).all()
     assert around[0] == around[-1] == 0
 
 
