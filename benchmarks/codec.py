@@ -1,6 +1,6 @@
 """How fast every codec encodes and decodes, how many bytes it needs, and what it loses.
 
-Each codec sees one fragment of `params` elements in chunks, as production does, on all cores: encoding with error
+Each codec sees one fragment of `params` elements in chunks, on all cores, by what production calls: encoding with error
 feedback (what is lost is left in place of what was encoded), and decoding into a weighted sum. The values are normal
 ones, and (with `--text`, or where the corpus can be had) a real pseudo-gradient: what H inner steps of a byte-level
 model changed. Bytes per second are of fp32 on the decoded side; `bound_fraction` is what must cross the memory bus over
@@ -12,12 +12,10 @@ the copy bandwidth, over the seconds of decoding: the section read once, the sum
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ import torch
 from benchmarks.machine import arguments, copy_bytes_per_second, report
 from lab.corpus import shakespeare
 from shared.codecs import Codec, codec_named, grid, warm_up
-from shared.codecs.kernels import F32, U8
+from shared.codecs.kernels import F32
 from shared.config import InnerTable
-from shared.fragments import CHUNK_ELEMENTS
+from shared.fragments import Chunk, Fragment, TensorSpec
+from shared.parallel import over_chunks
 from shared.task import Shard, build_model, load_task
-from shared.wire import pack_section
+from shared.wire import encode_sections, pack_sections
 from site_agent.training.optimizers import build_optimizer
 
 CODECS: list[tuple[str, Codec]] = [
@@ -45,30 +44,23 @@ STEPS = 16
 
 def measure(label: str, codec: Codec, values: F32, setting: str, copy: float, repeats: int) -> dict[str, Any]:
     """One row: medians over `repeats` passes over `values`."""
-    chunks = [values[at : at + CHUNK_ELEMENTS] for at in range(0, values.size, CHUNK_ELEMENTS)]
-    sections: list[U8] = [codec.encode(chunk) for chunk in chunks]
-    packed = [pack_section(section, ZSTD_LEVEL) for section in sections]
-    sums = [np.zeros_like(chunk) for chunk in chunks]
-    kept = [chunk.copy() for chunk in chunks]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    fragment = Fragment(0, (TensorSpec("values", values.shape),))
+    chunks = fragment.chunks()
+    sections = encode_sections(codec, fragment, values)
+    packed = pack_sections(fragment, sections, ZSTD_LEVEL)
+    summed, left = np.zeros_like(values), values.copy()
 
-        def encode() -> None:
-            list(pool.map(lambda left: codec.encode(left, left, -1.0), kept))
+    def accumulate(section: int, chunk: Chunk) -> None:
+        codec.accumulate(sections[section], 0.25, summed[chunk.start : chunk.stop])
 
-        def decode() -> None:
-            list(pool.map(lambda section, acc: codec.accumulate(section, 0.25, acc), sections, sums))
-
-        def restore() -> None:
-            for left, chunk in zip(kept, chunks, strict=True):
-                np.copyto(left, chunk)
-
-        encoding = _median(encode, repeats, restore)
-        decoding = _median(decode, repeats)
-        squeezing = _median(lambda: list(pool.map(lambda s: pack_section(s, ZSTD_LEVEL), sections)), repeats)
+    encoding = _median(lambda: encode_sections(codec, fragment, left, left), repeats, lambda: np.copyto(left, values))
+    decoding = _median(lambda: over_chunks(chunks, accumulate), repeats)
+    squeezing = _median(lambda: pack_sections(fragment, sections, ZSTD_LEVEL), repeats)
     raw = sum(section.size for section in sections)
     lost = 0.0
     for section, chunk in zip(sections, chunks, strict=True):
-        lost += float(np.sum((codec.decode(section, chunk.size).astype(np.float64) - chunk) ** 2))
+        decoded = codec.decode(section, chunk.size).astype(np.float64)
+        lost += float(np.sum((decoded - values[chunk.start : chunk.stop]) ** 2))
     return {
         "setting": setting,
         "upload": label,

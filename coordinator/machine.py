@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.files import DISK, Disk
+from shared.parallel import CORES
 
 
 def _threads(count: int, name: str) -> Executor:
@@ -56,13 +57,14 @@ def _number(file: Path) -> int | None:
 @dataclass(frozen=True)
 class Machine:
     """`clock` decides and never goes back; `wall` is only written down; `pool(count, name)` makes `count` threads;
-    `memory` is how many bytes of it there are."""
+    `memory` is how many bytes of it there are, `cores` how many threads can be at work at once."""
 
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     disk: Disk = DISK
     pool: Callable[[int, str], Executor] = _threads
     memory: Callable[[], int] = memory_bytes
+    cores: int = CORES
 
 
 MACHINE = Machine()

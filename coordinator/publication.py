@@ -180,7 +180,7 @@ class Publication:
         )
 
         def write(beside: Path) -> str:
-            digest = write_flat(beside, header, state.fragment, state.published, level)
+            digest = write_flat(beside, header, state.fragment, state.published, level, self._workers.chunks)
             return f"p{fragment:04d}-v{version:09d}-{digest}.isthmus"
 
         try:

@@ -1,7 +1,9 @@
 """The threads beside the event loop, and writes that must happen.
 
 One thread writes the journal, so that its rows have an order; one carries out merges and everything that
-needs a fragment's state to stand still; two screen uploads; the chunk pool serves whichever merge runs.
+needs a fragment's state to stand still. As many as there are cores (two at least) screen uploads and write what comes
+in: a contribution is screened by one of them, because its digest needs its bytes in order, and others beside it. As
+many again serve whichever merge runs, a chunk each.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import ParamSpec, TypeVar
@@ -31,8 +32,8 @@ class Workers:
     def __init__(self, metrics: Metrics, machine: Machine = MACHINE) -> None:
         self.writer = machine.pool(1, "journal")
         self.merger = machine.pool(1, "merge")
-        self.screeners = machine.pool(2, "screen")
-        self.chunks = machine.pool(os.cpu_count() or 1, "chunks")
+        self.screeners = machine.pool(max(2, machine.cores), "screen")
+        self.chunks = machine.pool(machine.cores, "chunks")
         self.storage_fault: str | None = None
         self.stopping = asyncio.Event()
         self.metrics = metrics

@@ -1,4 +1,4 @@
-"""Containers written straight to a file, section by section, with memory for one section.
+"""Containers written straight to a file, section by section, with memory for a few sections of each core.
 
 A container names the sizes of all its sections before the first one. Where they are not known beforehand (zstd), the
 sections go to a spool and are copied behind their header: twice the writing, in exchange for memory that does not grow
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,21 +18,28 @@ from blake3 import blake3
 
 from shared.codecs import codec_named
 from shared.codecs.kernels import F32
-from shared.fragments import Fragment
+from shared.fragments import Chunk, Fragment
+from shared.parallel import in_order
 from shared.wire import Buffer, Header, pack_head, pack_section
 
 PIECE_BYTES = 1 << 20
 
 
-def write_flat(path: Path, header: Header, fragment: Fragment, flat: F32, zstd_level: int) -> str:
-    """Writes the container that `encode_flat` would make to `path`; returns the BLAKE3 of its bytes.
+def write_flat(
+    path: Path, header: Header, fragment: Fragment, flat: F32, zstd_level: int, executor: Executor | None = None
+) -> str:
+    """Writes the container that `encode_flat` would make to `path`; returns the BLAKE3 of its bytes. Sections are
+    encoded on the threads of `executor` (None: this process's), while those before them are hashed and written here.
 
     Raises ValueError on NaN or infinity, OSError where the disk refuses.
     """
     codec, chunks = codec_named(header.codec), fragment.chunks(header.chunk)
-    sections = (pack_section(codec.encode(flat[chunk.start : chunk.stop]), zstd_level) for chunk in chunks)
+
+    def section_of(_: int, chunk: Chunk) -> Buffer:
+        return pack_section(codec.encode(flat[chunk.start : chunk.stop]), zstd_level)
+
     sizes = [codec.size(chunk.size) for chunk in chunks]
-    with _Hashed(path) as out:
+    with _Hashed(path) as out, closing(in_order(chunks, section_of, executor)) as sections:
         if zstd_level == 0 and sizes == [codec.least(chunk.size) for chunk in chunks]:
             out.write(pack_head(header, sizes))
             for section in sections:

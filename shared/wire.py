@@ -30,6 +30,7 @@ from shared.codecs import Codec, codec_named, grid
 from shared.codecs.kernels import F32, U8
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
+from shared.parallel import over_chunks
 
 Buffer = bytes | memoryview
 MAGIC = b"ISTHMUS\x01"
@@ -144,20 +145,30 @@ def encode_flat(
     `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
     """
     sections = encode_sections(grid(header.codec, grid_step), fragment, flat, residual)
-    return pack_container(header, [pack_section(section, zstd_level) for section in sections])
+    return pack_container(header, pack_sections(fragment, sections, zstd_level))
 
 
 def encode_sections(codec: Codec, fragment: Fragment, flat: F32, residual: F32 | None = None) -> list[U8]:
-    """The raw bytes of every section of `flat` (fp32, fragment.size); `residual` as in `encode_flat`."""
-    sections = []
-    for chunk in fragment.chunks():
+    """The raw bytes of every section of `flat` (fp32, fragment.size), encoded on all cores; `residual` as in
+    `encode_flat`, or `flat` itself."""
+
+    def encode(_: int, chunk: Chunk) -> U8:
         x = flat[chunk.start : chunk.stop]
-        left = None
-        if residual is not None:
-            left = residual[chunk.start : chunk.stop]
+        if residual is None:
+            return codec.encode(x)
+        left = residual[chunk.start : chunk.stop]
+        if residual is not flat:
             np.copyto(left, x)
-        sections.append(codec.encode(x, left, -1.0))
-    return sections
+        return codec.encode(x, left, -1.0)
+
+    return over_chunks(fragment.chunks(), encode)
+
+
+def pack_sections(fragment: Fragment, raws: Sequence[U8], zstd_level: int) -> list[Buffer]:
+    """`pack_section` of the raw bytes of every chunk, on all cores."""
+    if not zstd_level:
+        return [pack_section(raw, 0) for raw in raws]
+    return over_chunks(fragment.chunks(), lambda section, _: pack_section(raws[section], zstd_level))
 
 
 class _Buffer(threading.local):
@@ -257,10 +268,11 @@ class Container:
         """acc += weight · decoded section; acc is fp32 (chunks[section].size,)."""
         self.codec.accumulate(self.raw(section), weight, acc)
 
-    def add_to(self, flat: F32) -> None:
-        """flat += decoded, the whole fragment, in place."""
-        for section, chunk in enumerate(self.chunks):
-            self.accumulate(section, 1.0, flat[chunk.start : chunk.stop])
+    def add_to(self, flat: F32, weight: float = 1.0) -> None:
+        """flat += weight · decoded, the whole fragment, in place and on all cores."""
+        over_chunks(
+            self.chunks, lambda section, chunk: self.accumulate(section, weight, flat[chunk.start : chunk.stop])
+        )
 
     def decode(self) -> F32:
         """The whole fragment as a new flat fp32 vector."""

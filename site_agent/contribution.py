@@ -17,7 +17,7 @@ from shared.compression import Compression
 from shared.config import WireTable
 from shared.errors import FaultError
 from shared.fragments import CHUNK_ELEMENTS, F32, Fragment
-from shared.wire import Header, encode_sections, open_container, pack_container, pack_section, tensor_table
+from shared.wire import Header, encode_sections, open_container, pack_container, pack_sections, tensor_table
 from site_agent.training import encoders
 
 
@@ -107,7 +107,7 @@ def encode(
         sizes=[],
         progress=list(parcel.progress),
     )
-    return pack_container(header, [pack_section(section, level) for section in sections]), left
+    return pack_container(header, pack_sections(fragment, sections, level)), left
 
 
 def _sections(fragment: Fragment, delta: Tensor, wire: WireTable) -> tuple[list[U8], Tensor | None]:
@@ -118,9 +118,9 @@ def _sections(fragment: Fragment, delta: Tensor, wire: WireTable) -> tuple[list[
     if encode is not None and chunks:
         return encode(codec, delta, chunks), delta if wire.error_feedback else None
     flat = delta.cpu()
-    left = torch.empty_like(flat) if wire.error_feedback else None
-    sections = encode_sections(codec, fragment, flat.numpy(), None if left is None else left.numpy())
-    return sections, None if left is None else left.to(delta.device)
+    x = flat.numpy()
+    sections = encode_sections(codec, fragment, x, x if wire.error_feedback else None)
+    return sections, flat.to(delta.device) if wire.error_feedback else None
 
 
 def left_of(parcel: Parcel, fragment: Fragment, wire: WireTable, body: bytes) -> Tensor:
@@ -130,8 +130,7 @@ def left_of(parcel: Parcel, fragment: Fragment, wire: WireTable, body: bytes) ->
     delta = _delta(parcel, wire)
     left = delta.cpu()
     with open_container(body, fragment) as container:
-        for section, chunk in enumerate(container.chunks):
-            container.accumulate(section, -1.0, left.numpy()[chunk.start : chunk.stop])
+        container.add_to(left.numpy(), -1.0)
     return left.to(delta.device)
 
 

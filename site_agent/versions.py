@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from shared.errors import FaultError, FormatError
-from shared.fragments import digest_flat
+from shared.fragments import Chunk, combine_digests, digest_chunk
+from shared.parallel import over_chunks
 from shared.protocol import Code
 from shared.wire import container_bound, open_container
 from site_agent.branch import Home
@@ -132,9 +133,15 @@ class Versions:
             expected = ("snapshot", of.run, header.version) if anchor is None else ("delta", of.run, anchor.version + 1)
             if (header.kind, header.run, header.version) != expected:
                 raise FormatError(f"got {(header.kind, header.run, header.version)} in place of {expected}")
-            flat = np.zeros(fragment.size, dtype=np.float32) if anchor is None else anchor.flat.copy()
-            container.add_to(flat)
-        digest = digest_flat(flat, fragment.chunks())
+            flat = np.empty(fragment.size, dtype=np.float32)
+
+            def apply_chunk(section: int, chunk: Chunk) -> bytes:
+                part = flat[chunk.start : chunk.stop]
+                part[:] = 0 if anchor is None else anchor.flat[chunk.start : chunk.stop]
+                container.accumulate(section, 1.0, part)
+                return digest_chunk(part)
+
+            digest = combine_digests(over_chunks(container.chunks, apply_chunk))
         if digest != header.digest:
             raise FormatError(f"version {header.version} came out as {digest} and not {header.digest}")
         return Anchor(header.version, digest, header.tokens, flat)

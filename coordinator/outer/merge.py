@@ -8,12 +8,11 @@ when all of it is there.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from coordinator.outer.rules import Combination, Measures, combination, mean_cos
 from shared.codecs import Codec, Dense
 from shared.codecs.kernels import F32, U8, accumulate_fp32, square_sum, sum_chunk
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
+from shared.parallel import over_chunks
 from shared.wire import Container
 
 T = TypeVar("T")
@@ -77,19 +77,7 @@ class Merge:
 
     def over_chunks(self, work: Callable[[int, Chunk], T]) -> list[T]:
         """`work(section, chunk)` of every chunk, in parallel; the results in order."""
-        done: list[T | None] = [None] * len(self._chunks)
-        left = iter(enumerate(self._chunks))
-
-        def go() -> None:
-            # Each thread takes the next chunk itself: a task of the executor for each costs as much as decoding it.
-            for section, chunk in left:
-                done[section] = work(section, chunk)
-
-        threads = [self._executor.submit(go) for _ in range(min(os.cpu_count() or 1, len(self._chunks)))]
-        wait(threads)  # all of them, whatever one of them raises: nothing may still work on a state that is given up
-        for thread in threads:
-            thread.result()
-        return cast(list[T], done)
+        return over_chunks(self._chunks, work, self._executor)
 
     def prepare(self) -> None:
         """The passes that come before the step, if the rule needs any."""

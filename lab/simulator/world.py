@@ -44,6 +44,8 @@ PART_BYTES = 96
 """Tiny contributions go in several parts all the same."""
 OUTAGE_STEPS = 5
 AWAY_SECONDS = 60.0
+CORES = 2
+"""Of the imagined machine, whatever the real one has: what is screened side by side is part of a seed's order."""
 TICK_SECONDS, SOON_SECONDS, HEARTBEATS_PER_LEASE = 10.0, 4.0, 3
 """Virtual seconds between ticks and early heartbeats, and how many others: where nothing happens, nothing need be
 computed."""
@@ -178,7 +180,7 @@ class CoordinatorProcess:
         def lanes(count: int, name: str) -> Lanes:
             return Lanes(count, world.duration)
 
-        machine = Machine(clock=world.loop.time, wall=world.wall, disk=disk, pool=lanes)
+        machine = Machine(clock=world.loop.time, wall=world.wall, disk=disk, pool=lanes, cores=CORES)
         try:
             coordinator = await Coordinator.open(world.config, self.directory, self.directory, machine)
         except IsthmusError as error:

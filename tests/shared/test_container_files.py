@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shared import container_files
+from shared import container_files, parallel
 from shared.container_files import write_flat
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
 from shared.wire import blob_digest, container_pieces, encode_flat, pack_container, tensor_table
@@ -54,10 +57,49 @@ def test_a_container_in_pieces_is_the_container() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 1])
-def test_memory_does_not_grow_with_the_container(tmp_path: Path, level: int) -> None:
-    many = Fragment(0, (TensorSpec("a", (8 * CHUNK_ELEMENTS,)),))
+def test_memory_does_not_grow_with_the_container(tmp_path: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "CORES", 2)
+    many = Fragment(0, (TensorSpec("a", (24 * CHUNK_ELEMENTS,)),))
     flat = np.random.default_rng(0).standard_normal(many.size, dtype=np.float32)
     described = header("fp32", level > 0).model_copy(update={"tensors": tensor_table(many)})
-    with peak_of() as peak:
-        write_flat(tmp_path / "file", described, many, flat, level)
-    assert peak.bytes < 4 * (4 * CHUNK_ELEMENTS)
+    with ThreadPoolExecutor(2) as pool, peak_of() as peak:
+        write_flat(tmp_path / "file", described, many, flat, level, pool)
+    # One that is written, four that wait or are in the making, and of two of these what they are made of.
+    assert peak.bytes < 9 * (4 * CHUNK_ELEMENTS)
+
+
+class Counting(Executor):
+    """Does at once what it is given, and counts the results that nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self.held = self.most = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        pool = self
+
+        class Taken(Future[Any]):
+            def result(self, timeout: float | None = None) -> Any:
+                pool.held -= 1
+                return super().result(timeout)
+
+        self.held += 1
+        self.most = max(self.most, self.held)
+        future = Taken()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize("level", [0, 1])
+def test_only_a_few_sections_of_each_core_wait_to_be_written(
+    tmp_path: Path, level: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "CORES", cores)
+    monkeypatch.setattr(parallel, "CHUNK_ELEMENTS", 100)
+    rows = Fragment(0, tuple(TensorSpec(f"{n:02d}", (10,)) for n in range(40)))
+    flat = np.random.default_rng(0).standard_normal(rows.size, dtype=np.float32)
+    described = header("fp32", level > 0).model_copy(update={"tensors": tensor_table(rows)})
+    pool = Counting()
+    write_flat(tmp_path / "file", described, rows, flat, level, pool)
+    assert (pool.held, pool.most) == (0, 2 * cores)
+    assert (tmp_path / "file").read_bytes() == encode_flat(described, rows, flat, level)

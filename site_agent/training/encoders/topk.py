@@ -3,12 +3,14 @@
 Where the elements lie goes into a Rice code, bit after bit, which is no work for an accelerator, and the fit of the two
 levels is one of k values of 4096. So the device finds the k largest of each block, two bytes of place and four of value
 for each come to the host (0.19 bytes a parameter at k = 128, less than half of int4's), and the CPU's own kernels
-make of them what they make of their own. What they decode to goes back, to be taken from what was encoded.
+make of them what they make of their own, on all cores. What they decode to goes back, to be taken from what was
+encoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from shared.codecs import Codec, TopK
 from shared.codecs.kernels import F32, I32, U8
 from shared.codecs.topk_kernels import BLOCK, kept
 from shared.fragments import Chunk
+from shared.parallel import over_chunks
 from site_agent.training.encoders.tiling import block_counts, slabs, to_blocks
 
 SLAB_ELEMENTS = 1 << 22
@@ -40,18 +43,18 @@ def encode(codec: Codec, x: Tensor, chunks: Sequence[Chunk]) -> list[U8]:
         at += len(blocks)
     place, value = torch.cat(places), torch.cat(values)  # (B, k)
     indices, kept_values = _on_host(place, value)
-    sections, decoded, at = [], [], 0
-    for chunk, count in zip(chunks, counts, strict=True):
-        rows = slice(at, at + count)
-        section, of_chunk = codec.write(indices[rows], kept_values[rows], chunk.size)
-        sections.append(section)
-        decoded.append(of_chunk)
-        at += count
+    stops = list(accumulate(counts))
+
+    def write(section: int, chunk: Chunk) -> tuple[U8, F32]:
+        rows = slice(stops[section] - counts[section], stops[section])
+        return codec.write(indices[rows], kept_values[rows], chunk.size)
+
+    written = over_chunks(chunks, write)
     starts = [at for chunk in chunks for at in range(chunk.start, chunk.stop, BLOCK)]
     at_element = torch.tensor(starts, device=x.device)[:, None] + place.long()
-    lost = torch.from_numpy(np.concatenate(decoded)).to(x.device)
+    lost = torch.from_numpy(np.concatenate([decoded for _, decoded in written])).to(x.device)
     x.index_add_(0, at_element.view(-1), lost.view(-1), alpha=-1)
-    return sections
+    return [section for section, _ in written]
 
 
 def _on_host(place: Tensor, value: Tensor) -> tuple[I32, F32]:
