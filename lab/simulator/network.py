@@ -83,6 +83,38 @@ class Server(Protocol):
     def answer(self, work: Callable[[], Awaitable[Reply]]) -> asyncio.Future[Reply] | None: ...
 
 
+class _Content:
+    """What the handlers use of aiohttp's StreamReader; `heard` is called for each piece."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], heard: Callable[[], None]) -> None:
+        self._pieces, self._heard, self._ended = pieces, heard, False
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def readchunk(self) -> tuple[bytes, bool]:
+        reading = asyncio.ensure_future(anext(self._pieces, None))
+        either: set[asyncio.Future[Any]] = {reading, self._broken}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.done():
+                self._broken.result()
+            piece = reading.result()
+        finally:
+            reading.cancel()
+        if piece is None:
+            self._ended = True
+            return b"", False
+        self._heard()
+        return piece, False
+
+    def at_eof(self) -> bool:
+        return self._ended
+
+    def set_exception(self, error: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+            self._broken.exception()  # whether or not anyone reads on
+
+
 class Routes:
     """The handlers of one coordinator, by path, behind its own middleware for refusals."""
 
@@ -103,7 +135,6 @@ class Routes:
     def _request(self, site: str, request: Request, match: Mapping[str, str], pieces: AsyncIterator[bytes]) -> Any:
         """What the handlers look at of a request."""
         headers = {SITE_HEADER: site, **request.headers}
-        content = SimpleNamespace(iter_any=lambda: self._listening(site, pieces), at_eof=lambda: True)
         return SimpleNamespace(
             method=request.method,
             path=request.path,
@@ -111,13 +142,9 @@ class Routes:
             match_info=match,
             query=request.query,
             content_length=len(request.body or b""),
-            content=content,
+            content=_Content(pieces, lambda: self._heard(site)),
+            transport=None,
         )
-
-    async def _listening(self, site: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for piece in pieces:
-            self._heard(site)
-            yield piece
 
 
 def _reply(answer: web.StreamResponse, request: Request) -> Reply:

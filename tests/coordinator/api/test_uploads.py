@@ -502,9 +502,9 @@ async def test_memory_holds_one_delta_however_many_rounds_close(fleet: Any, monk
     stepped, refused_again, room = [], asyncio.Event(), asyncio.Event()
     execute, loop = coordinator._execute, asyncio.get_running_loop()
 
-    def watched(fragment: int, version: int) -> Any:
+    def watched(fragment: int, version: int, link: float | None) -> Any:
         stepped.append(fragment)
-        return execute(fragment, version)
+        return execute(fragment, version, link)
 
     def full(*pieces: Buffer, **_: Any) -> str:
         tries.append(len(pieces))
