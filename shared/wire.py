@@ -15,7 +15,8 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,8 @@ MAGIC = b"ISTHMUS\x01"
 _PREFIX = struct.Struct("<8sI")
 _LONGEST_COUNT = 10**15
 MOST_PROGRESS = 1 << 12
+RUN_BYTES = 1 << 20
+"""What is read of a container at once where all of it is read."""
 
 Count = Annotated[int, Field(ge=0, le=_LONGEST_COUNT)]
 
@@ -241,13 +244,16 @@ class Container:
 
         Raises FormatError where they are not what the header promised.
         """
-        return self._unpacked(section, self._read(section))
+        return self._unpacked(section, self._read(section, section + 1))
 
-    def _read(self, section: int) -> memoryview:
-        size = self.header.sizes[section]
-        data = self._source.read(self._offsets[section], size)
+    def _read(self, start: int, stop: int) -> memoryview:
+        """The bytes of sections `start` to `stop`."""
+        size = sum(self.header.sizes[start:stop])
+        data = self._source.read(self._offsets[start], size)
         if len(data) != size:
-            raise FormatError(f"section {section} is cut short: {len(data)} of {size} bytes")
+            cut = bisect_right(self._offsets, self._offsets[start] + len(data)) - 1
+            here = self._offsets[start] + len(data) - self._offsets[cut]
+            raise FormatError(f"section {cut} is cut short: {here} of {self.header.sizes[cut]} bytes")
         return data
 
     def _unpacked(self, section: int, data: memoryview) -> U8:
@@ -283,18 +289,32 @@ class Container:
     def screen(self, seen: Callable[[memoryview], object] = lambda data: None) -> float:
         """Σ of the squares of all that it decodes to, in one pass, in which `seen` is given all of the container's
         bytes from first to last. Raises FormatError naming the first section that is malformed or absurd (see
-        `Codec.screen`), and memory for one section at a time is all that it takes."""
+        `Codec.screen`), and takes memory for a few sections at a time: reading and hashing each alone is as many more
+        times that threads wait for Python's lock."""
         squares = []
         seen(self._source.read(0, self._offsets[0]))
-        for section, chunk in enumerate(self.chunks):
-            data = self._read(section)
+        for run in self._runs():
+            data = self._read(run.start, run.stop)
             seen(data)
-            raw = self._unpacked(section, data)
-            try:
-                squares.append(self.codec.screen(raw, chunk.size))
-            except FormatError as error:
-                raise FormatError(f"section {section}: {error}") from None
+            for section in run:
+                at = self._offsets[section] - self._offsets[run.start]
+                raw = self._unpacked(section, data[at : at + self.header.sizes[section]])
+                try:
+                    squares.append(self.codec.screen(raw, self.chunks[section].size))
+                except FormatError as error:
+                    raise FormatError(f"section {section}: {error}") from None
         return math.fsum(squares)
+
+    def _runs(self) -> Iterator[range]:
+        """All sections, in runs of at least one and at most RUN_BYTES."""
+        start = size = 0
+        for section, more in enumerate(self.header.sizes):
+            if section > start and size + more > RUN_BYTES:
+                yield range(start, section)
+                start, size = section, 0
+            size += more
+        if start < len(self.header.sizes):
+            yield range(start, len(self.header.sizes))
 
     def close(self) -> None:
         self._source.close()
