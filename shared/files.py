@@ -23,20 +23,11 @@ class Disk:
         write(path)
 
     def write_at(self, path: Path, offset: int, pieces: Sequence[bytes]) -> None:
-        """`pieces`, at most 1024, one after the other at their place in the file `path`, which is made if need be. Not
-        durable before `sync`."""
+        """`pieces`, one after the other at their place in the file `path`, which is made if need be. Not durable before
+        `sync`."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            left: list[bytes | memoryview] = list(pieces)
-            begun = offset
-            while left:
-                written = os.pwritev(descriptor, left, offset)
-                offset += written
-                while left and written >= len(left[0]):
-                    written -= len(left.pop(0))
-                if written:
-                    left[0] = memoryview(left[0])[written:]
-            begin_writeback(descriptor, begun, offset - begun)
+            write_pieces(descriptor, offset, pieces)
         finally:
             os.close(descriptor)
 
@@ -107,13 +98,30 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.pl
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _SYNC_FILE_RANGE_WRITE = 2
+MOST_PIECES = 256
+"""In one system call, which may take 1024 (IOV_MAX)."""
 
 
-def begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Lets the disk begin with these bytes, so that the sync which makes them durable finds little left to wait for. It
-    promises nothing, and where the system knows no such thing nothing happens."""
+def write_pieces(descriptor: int, offset: int, pieces: Sequence[bytes | memoryview]) -> int:
+    """Writes `pieces`, one after the other, at `offset`; where they end. Raises OSError.
+
+    The disk begins with them, so that the sync which makes them durable finds little left to wait for. That promises
+    nothing, and where the system knows no such thing it does not happen.
+    """
+    begun, left = offset, [piece for piece in pieces if len(piece)]
+    while left:
+        written = os.pwritev(descriptor, left[:MOST_PIECES], offset)
+        offset += written
+        done = 0
+        while done < len(left) and written >= len(left[done]):
+            written -= len(left[done])
+            done += 1
+        del left[:done]
+        if written:
+            left[0] = memoryview(left[0])[written:]
     if _sync_file_range is not None:
-        _sync_file_range(descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
+        _sync_file_range(descriptor, begun, offset - begun, _SYNC_FILE_RANGE_WRITE)
+    return offset
 
 
 def _fsync(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from shared.errors import CorruptError
-from shared.files import DISK, Disk, begin_writeback
+from shared.files import DISK, Disk, write_pieces
 from shared.wire import Buffer
 
 
@@ -31,8 +31,8 @@ def tree_bytes(directory: Path | str) -> int:
 
 
 REMEMBERED = 4096
-WRITEBACK_BYTES = 4 << 20
-"""The disk is given a blob to write in pieces of this size, while the next one is prepared."""
+WRITE_BYTES = 4 << 20
+"""The disk is given a blob in pieces of about this size, and writes one while the next is copied."""
 
 
 class Blobs:
@@ -137,13 +137,11 @@ def _digest(pieces: Iterable[Buffer]) -> str:
 
 
 def _fill(path: Path, pieces: Iterable[Buffer]) -> None:
-    with path.open("wb", buffering=0) as file:
-        begun = written = 0
+    with path.open("wb") as file:
+        end, held, size = 0, list[Buffer](), 0
         for piece in pieces:
-            left = memoryview(piece)
-            while left:
-                count = file.write(left)
-                written, left = written + count, left[count:]
-            if written - begun >= WRITEBACK_BYTES:
-                begin_writeback(file.fileno(), begun, written - begun)
-                begun = written
+            held.append(piece)
+            size += len(piece)
+            if size >= WRITE_BYTES:
+                end, held, size = write_pieces(file.fileno(), end, held), [], 0
+        write_pieces(file.fileno(), end, held)

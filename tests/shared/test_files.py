@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -62,3 +62,24 @@ def test_a_sync_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="broken"):
         DISK.put(tmp_path / "file", fill(HELLO))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_pieces_are_all_written_however_little_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    real = os.pwritev
+
+    def takes(descriptor: int, pieces: Sequence[bytes | memoryview], offset: int) -> int:
+        return real(descriptor, [b"".join(pieces)[:at_once]], offset)
+
+    monkeypatch.setattr(os, "pwritev", takes)
+    DISK.write_at(tmp_path / "file", 2, [b"ab", b"", memoryview(b"cde"), b"f"])
+    assert (tmp_path / "file").read_bytes() == b"\0\0abcdef"
+    DISK.write_at(tmp_path / "file", 3, [b"xy"])
+    assert (tmp_path / "file").read_bytes() == b"\0\0axydef"
+
+
+def test_more_pieces_than_a_system_call_takes_are_written(tmp_path: Path) -> None:
+    DISK.write_at(tmp_path / "file", 0, [b"%d," % n for n in range(5000)])
+    assert (tmp_path / "file").read_bytes() == b"".join(b"%d," % n for n in range(5000))
