@@ -36,7 +36,7 @@ from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
 from coordinator.store.journal import StoredRound
 from coordinator.store.mirror import Place
-from coordinator.store.recovery import Home, execute, in_memory, recover
+from coordinator.store.recovery import VectorsOf, execute, in_memory, recover
 from coordinator.store.resting import is_mapped, map_states, state_bytes
 from coordinator.store.state_dir import Initial, StateDir
 from coordinator.workers import Workers
@@ -456,17 +456,15 @@ class Coordinator:
         closed = self.clock()
         p, version, workers = close.fragment, close.version, self.workers
         async with self._stepping:
-            began = self.clock()
             link = self.core.members.slowest_download()
-            stepped = await workers.on(workers.merger, self._execute, p, version, link)
-            merged = self.clock()
+            stepped, seconds = await workers.on(workers.merger, self._execute, p, version, link)
             put = partial(self.store.blobs.put, executor=workers.chunks)
             digest = await workers.durably(workers.merger, "a delta", put, *stepped.delta)
             stepped = replace(stepped, delta=())
         await workers.durably(workers.writer, "a version", self.store.journal.publish, p, stepped, digest, self._wall())
         decisions = self.core.published(p, version, stepped.tokens, self.clock())
         self.publication.publish(p, Published(version, stepped.digests.published, self.core.fragments[p].tokens))
-        self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, merged - began, self.clock() - closed)
+        self.metrics.show_round(close, stepped.merged_norm, stepped.cosine, seconds, self.clock() - closed)
         log.debug("fragment %d is at version %d (%s, %d)", p, version, close.reason, len(close.contributions))
         await self._carry_out(decisions)
         if version % self.config.store.checkpoint_versions == 0:
@@ -474,13 +472,14 @@ class Coordinator:
             if self._mirroring.due():
                 self._mirroring.begin(self.core.tokens)
 
-    def _execute(self, fragment: int, version: int, link: float | None) -> Stepped:
-        """On the merge thread: the round's step, and how hard the next deltas are compressed for sites whose `link`
-        brings so many bytes per second."""
+    def _execute(self, fragment: int, version: int, link: float | None) -> tuple[Stepped, float]:
+        """On the merge thread: the round's step and its seconds; and how hard the next deltas are compressed for sites
+        whose `link` brings so many bytes per second."""
         round_ = self._merge_reader.round(fragment, version)
         if round_ is None:
             raise IsthmusError(f"round {fragment}/{version} is not in the journal")
         state, embeddings = self._states[fragment], self.store.embeddings
+        began = self.clock()
         stepped = execute(
             state,
             round_,
@@ -491,11 +490,12 @@ class Coordinator:
             self.workers.chunks,
             self._room,
         )
+        seconds = self.clock() - began
         state.vectors.rest()
         self._delta_level = self._delta_compression.level(
             unpacked(stepped.delta[len(stepped.delta) // 2], round_.rule.zstd_level), link
         )
-        return stepped
+        return stepped, seconds
 
     def _checkpoint_all(self, stalest: int) -> None:
         for p in range(len(self._states)):
@@ -590,8 +590,10 @@ def _open_states(
     began = machine.clock()
     checkpoints = store.checkpoints(config.store.keep_checkpoints)
     journal, blobs, run, embeddings = store.journal, store.blobs, store.run_id, store.embeddings
-    home = _home(config, store, machine)
-    states = list(recover(store.layout, journal, blobs, checkpoints, run, embeddings, workers.chunks, publish, home))
+    vectors_of = _vectors_of(config, store, machine)
+    states = list(
+        recover(store.layout, journal, blobs, checkpoints, run, embeddings, workers.chunks, publish, vectors_of)
+    )
     for state in states:
         state.adopt(config.outer.optimizer)
         state.vectors.rest()
@@ -602,7 +604,7 @@ def _open_states(
     return states
 
 
-def _home(config: RunConfig, store: StateDir, machine: Machine) -> Home:
+def _vectors_of(config: RunConfig, store: StateDir, machine: Machine) -> VectorsOf:
     """Where the fragments rest. Raises OSError where that is on disk and the disk has no room for it."""
     fragments, slots = store.layout.fragments, SLOTS[config.outer.optimizer]
     needed = sum(state_bytes(fragment, slots) for fragment in fragments)

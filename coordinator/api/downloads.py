@@ -10,9 +10,9 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
 
-TURN_BYTES = 16 << 20
+TURN_BYTES = 8 << 20
 MOST_SENT, LEAST_SENT = 4 << 20, 256 << 10
-"""What all downloads give to the kernel while nothing else gets a turn (some 8 ms, where all of them can take it), and
+"""What all downloads give to the kernel while nothing else gets a turn (some 4 ms, where all of them can take it), and
 the bounds of one download's share."""
 
 

@@ -24,7 +24,7 @@ from shared.wire import open_container
 log = logging.getLogger(__name__)
 
 Publish = Callable[[StoredRound, Stepped], None]
-Home = Callable[[Fragment], Vectors]
+VectorsOf = Callable[[Fragment], Vectors]
 """Where a fragment's state is to be."""
 
 
@@ -70,13 +70,13 @@ def recover(
     embeddings: Collection[str],
     executor: Executor,
     publish: Publish,
-    home: Home = in_memory,
+    vectors_of: VectorsOf = in_memory,
 ) -> Iterator[OuterState]:
     """The state of every fragment as the journal has it, each made when it is asked for and at rest then; `publish`
     gets a round that was left unpublished."""
     for fragment in layout.fragments:
         yield _recover_fragment(
-            fragment, journal, blobs, checkpoints, run, embeddings, executor, publish, home(fragment)
+            fragment, journal, blobs, checkpoints, run, embeddings, executor, publish, vectors_of(fragment)
         )
 
 
