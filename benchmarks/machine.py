@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,16 @@ from rich.table import Table
 
 COPY_BYTES = 256 << 20
 REPEATS = 7
+SLEEPER = """
+import select, sys, time
+lag, ended = 0.0, False
+while not ended:
+    due = time.monotonic() + 0.05
+    ended = bool(select.select([sys.stdin], [], [], 0.05)[0])
+    if not ended:
+        lag = max(lag, time.monotonic() - due)
+print(lag)
+"""
 MOST_COLUMNS = 6
 
 
@@ -39,6 +51,23 @@ def touch_memory(size: int) -> None:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if Path("/proc/meminfo").exists() else []
     free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemFree:")), 0)
     np.empty(max(1, min(size, free // 2)), dtype=np.uint8)[:: os.sysconf("SC_PAGE_SIZE")] = 1
+
+
+class IdleLag:
+    """How late a process that only sleeps is woken while this is open: `seconds` is its longest lag, the machine's own
+    share in what an event loop under the same load is behind by."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> IdleLag:
+        self._sleeper = subprocess.Popen(
+            [sys.executable, "-c", SLEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = float(self._sleeper.communicate("")[0])
 
 
 def copy_bytes_per_second() -> float:

@@ -6,8 +6,9 @@ receives the delta over its long poll. Medians over the rounds of a row; each ro
 
 `merge_seconds` is what the coordinator's merges took, `tcp_seconds` what the same bytes take between plain sockets on
 this machine (K streams in, then K out), measured beside it. `loop_lag_seconds` is the longest lag of the coordinator's
-event loop, `peak_rss_bytes` its peak memory, `cpu_seconds` its processor time for a round. `bound_fraction` is the
-merge's (see benchmarks.merge) over the whole round.
+event loop, `idle_lag_seconds` that of a process beside it which only sleeps; `peak_rss_bytes` is the coordinator's peak
+memory, `cpu_seconds` its processor time for a round. `bound_fraction` is the merge's (see benchmarks.merge) over the
+whole round.
 
 Where the time goes is sampled in as many rounds more (see benchmarks.profiler; null without perf), in the coordinator
 and in the sites, which is both ends of the kernel's TCP: `share_kernels` is that of the numba kernels, `share_digests`
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import arguments, copy_bytes_per_second, report, touch_memory
+from benchmarks.machine import IdleLag, arguments, copy_bytes_per_second, report, touch_memory
 from benchmarks.merge import STATE_BYTES
 from benchmarks.processes import free_port, write_toml
 from benchmarks.profiler import KINDS, Profile
@@ -107,7 +108,8 @@ def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> 
             _round(pool, stubs, port, child)
             time.sleep(WINDOW_SECONDS)  # the largest lag of what went before is forgotten
             touch_memory(TOUCHED_BYTES)
-            found = [_round(pool, stubs, port, child) for _ in range(rounds)]
+            with IdleLag() as idle:
+                found = [_round(pool, stubs, port, child) for _ in range(rounds)]
             with Profile([child.process.pid, os.getpid()], Path(directory)) as profile:
                 time.sleep(SETTLE_SECONDS)
                 touch_memory(TOUCHED_BYTES)
@@ -135,6 +137,7 @@ def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> 
             "bytes_up_per_param": up / sites / parameters,
             "bytes_down_per_param": down / sites / parameters,
             "loop_lag_seconds": max(each["lag"] for each in found),
+            "idle_lag_seconds": idle.seconds,
             "cpu_seconds": statistics.median(each["cpu"] for each in found),
             "peak_rss_bytes": _status_bytes(child, "VmHWM"),
         }
