@@ -21,24 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.core.membership import Report
-from coordinator.core.rounds import Policy
-from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Plan, Refusal, RunCore, SiteActive, StartRun
+from coordinator.core.run import CloseRound, Decision, Enrol, FinishRun, Refusal, RunCore, SiteActive, StartRun
 from coordinator.history import History
 from coordinator.intake import Intake
 from coordinator.lending import Lending
 from coordinator.machine import MACHINE, Machine
 from coordinator.metrics import Metrics
 from coordinator.mirroring import Mirroring
-from coordinator.outer.optimizers import SLOTS, OuterRule
-from coordinator.outer.step import OuterState, Room, Stepped, warm_up
+from coordinator.opening import open_states
+from coordinator.outer.step import OuterState, Room, Stepped
+from coordinator.plans import plan_of, rule_of
 from coordinator.publication import Publication, Published
 from coordinator.refused import Refused
 from coordinator.store.files import tree_bytes
-from coordinator.store.journal import StoredRound
 from coordinator.store.mirror import Place
-from coordinator.store.recovery import VectorsOf, execute, in_memory, recover
-from coordinator.store.resting import is_mapped, map_states, state_bytes
-from coordinator.store.state_dir import Initial, StateDir
+from coordinator.store.recovery import execute
+from coordinator.store.state_dir import StateDir
 from coordinator.workers import Workers
 from shared.codecs import DENSE
 from shared.compression import Compression, usual_level
@@ -58,7 +56,7 @@ from shared.protocol import (
     Preview,
     ShardMessage,
 )
-from shared.sharding import Slice, slice_of
+from shared.sharding import slice_of
 from shared.wire import container_bound, unpacked
 
 log = logging.getLogger(__name__)
@@ -66,52 +64,6 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 INVITATIONS = 4
 """Sessions that a site may have been given and not begun; more than one where an answer was lost."""
-
-
-def plan_of(config: RunConfig, fragments: int, sequence_tokens: int | None) -> Plan:
-    """What decisions depend on: a part of the run config, how many fragments are decided on here, and the most tokens
-    that a sequence can count."""
-    rounds = config.rounds
-    return Plan(
-        policy=Policy(
-            quorum=None if rounds.quorum == "all" else int(rounds.quorum),
-            grace_seconds=None if rounds.grace_seconds == "auto" else float(rounds.grace_seconds),
-            deadline_seconds=rounds.deadline_seconds,
-            max_staleness=None if rounds.max_staleness == "auto" else int(rounds.max_staleness),
-            weighting=rounds.weighting,
-            weight_cap=rounds.weight_cap or None,
-            staleness_decay=rounds.staleness_decay,
-        ),
-        fragments=fragments,
-        tokens=config.run.tokens,
-        steps=config.inner.steps,
-        equal_time=rounds.pacing != "equal-steps",
-        min_sites=config.run.min_sites,
-        batch_size=config.inner.batch_size,
-        follow=rounds.pacing == "follow",
-        sequence_tokens=sequence_tokens,
-        alone=len(config.run.coordinators) <= 1,
-    )
-
-
-def rule_of(config: RunConfig, close: CloseRound, zstd_level: int) -> OuterRule:
-    """The outer rule that this round is carried out under."""
-    outer, wire = config.outer, config.wire
-    return OuterRule(
-        optimizer=outer.optimizer,
-        lr=outer.lr,
-        momentum=0.0 if outer.optimizer == "sgd" else outer.momentum,
-        codec=wire.publish,
-        zstd_level=zstd_level,
-        merge=outer.merge,
-        correction=outer.correction,
-        share=close.share if outer.partial == "share" else 1.0,
-        period=close.sites if outer.period == "auto" else int(outer.period),
-        delay_c=outer.delay_c,
-        beta2=outer.beta2,
-        epsilon=outer.epsilon,
-        grid_step=wire.publish_grid,
-    )
 
 
 class Coordinator:
@@ -204,7 +156,7 @@ class Coordinator:
         store = StateDir.hold(path, machine.disk)
         workers = Workers(Metrics(), machine)
         try:
-            states = await asyncio.to_thread(_open_states, config, store, workers, machine, base, own)
+            states = await asyncio.to_thread(open_states, config, store, workers, machine, base, own)
             coordinator = cls(config, store, states, workers, machine, mirror)
         except BaseException:
             workers.shutdown()
@@ -568,51 +520,6 @@ class Coordinator:
             closing=[AwaitedRound(fragment=p, version=version) for p, version in self.core.closing(site)],
             data=data,
         )
-
-
-def _open_states(
-    config: RunConfig, store: StateDir, workers: Workers, machine: Machine, base: Path, own: Slice
-) -> list[OuterState]:
-    """The fragments' states: of a new run, or recovered."""
-
-    def initial() -> Initial:
-        # Imported for a new run only: it needs torch, and nothing else in the daemon does.
-        from coordinator.initial import initial_weights
-
-        return initial_weights(config, base)
-
-    new = store.adopt_run(config, base, initial, own)
-    warm_up()
-
-    def publish(round_: StoredRound, stepped: Stepped) -> None:
-        store.journal.publish(round_.fragment, stepped, store.blobs.put(*stepped.delta), machine.wall())
-
-    began = machine.clock()
-    checkpoints = store.checkpoints(config.store.keep_checkpoints)
-    journal, blobs, run, embeddings = store.journal, store.blobs, store.run_id, store.embeddings
-    vectors_of = _vectors_of(config, store, machine)
-    states = list(
-        recover(store.layout, journal, blobs, checkpoints, run, embeddings, workers.chunks, publish, vectors_of)
-    )
-    for state in states:
-        state.adopt(config.outer.optimizer)
-        state.vectors.rest()
-    if strays := store.blobs.sweep(store.journal.needed_blobs()):
-        log.info("removed %d blobs that nothing names", strays)
-    seconds, versions = machine.clock() - began, [state.version for state in states]
-    log.info("run %s: %s, versions %s, in %.2f s", store.run_id, "new" if new else "recovered", versions, seconds)
-    return states
-
-
-def _vectors_of(config: RunConfig, store: StateDir, machine: Machine) -> VectorsOf:
-    """Where the fragments rest. Raises OSError where that is on disk and the disk has no room for it."""
-    fragments, slots = store.layout.fragments, SLOTS[config.outer.optimizer]
-    needed = sum(state_bytes(fragment, slots) for fragment in fragments)
-    if not is_mapped(config.store.resting, needed, machine.memory()):
-        return in_memory
-    homes = map_states(store.states, fragments, slots, store.disk)
-    log.info("fragments rest in mapped files: %.3g GB under %s", needed / 1e9, store.states)
-    return lambda fragment: homes[fragment.index]
 
 
 def _allowed(decisions: list[Decision] | Refusal) -> list[Decision]:

@@ -22,7 +22,7 @@ from coordinator.core.run import CloseRound, RunCore
 from coordinator.initial import initial_weights
 from coordinator.outer.merge import Weighted
 from coordinator.outer.step import OuterState, outer_step
-from coordinator.service import plan_of, rule_of
+from coordinator.plans import plan_of, rule_of
 from lab.virtual import VirtualRun, VirtualSite
 from shared.compression import usual_level
 from shared.config import RunConfig
