@@ -37,7 +37,7 @@ LARGEST_NORM = 1e18
 line: of sections that are screened one by one (`Codec.screen`) none is let through that would bring it near, and this
 one holds should a codec's screening ever err."""
 
-SPOOL_BYTES = 8 << 20
+SPOOL_BYTES = 16 << 20
 MOST_ROOM, LEAST_ROOM = 1 << 20, 64 << 10
 """What all parts that are under way may hold in memory before it is written, and the bounds of one part's share: a
 few fast links are read in large pieces, many slow ones take no memory to speak of."""
