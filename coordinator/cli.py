@@ -37,7 +37,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its key file.")] = None,
     client_ca: Annotated[Path | None, typer.Option(help="Only let in clients with a certificate of this CA.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No tokens; loopback only.")] = False,
-    shard: Annotated[int | None, typer.Option(help="Which of [run] coordinators this one is, from 0.")] = None,
+    shard: Annotated[int | None, typer.Option(help="Which of the run's coordinators this is, from 0.")] = None,
 ) -> None:
     """Coordinate a run until stopped."""
     from coordinator.daemon import Listen, serve

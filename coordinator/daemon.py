@@ -109,6 +109,8 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen, shar
             log.warning(
                 "no site has a token yet, so none can join; isthmus coordinator token add SITE --state %s", state
             )
+        if tls is None and not listen.insecure and not _loopback(listen.host):
+            log.warning("without --tls-cert tokens travel in the clear, unless a proxy before this port has TLS")
         log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", host, port)
         lag = asyncio.create_task(watch_lag(coordinator.metrics.loop_lag.set))
         stop = asyncio.create_task(stopped.wait())

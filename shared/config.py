@@ -53,7 +53,9 @@ class RunTable(_Table):
     seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0")
     tokens: int = Field(gt=0, le=10**15, description="the token budget, a whole number from 1")
     init: str = Field("", description="a safetensors file or a Hugging Face directory; empty: from the seed")
-    min_sites: int = Field(1, ge=1, le=10_000, description="how many sites must be ready before training starts")
+    min_sites: int = Field(
+        1, ge=1, le=10_000, description="how many sites must be ready at the start, a whole number from 1"
+    )
     coordinators: list[Annotated[str, Field(pattern=URL)]] = Field(
         default_factory=list, description="the URLs of all coordinators, each once, as https://host:port"
     )

@@ -218,10 +218,10 @@ class Api:
             return site
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer" or not check_token(self._coordinator.reader, site, token.strip()):
-            raise Refused(
-                Code.UNAUTHORIZED,
-                f"no valid token for site {site}; make one with: isthmus coordinator token add {site} --state DIR",
-            )
+            # A site has one token for all of a run's coordinators.
+            same = " --token-file FILE" if len(self._coordinator.config.run.coordinators) > 1 else ""
+            add = f"isthmus coordinator token add {site} --state DIR{same}"
+            raise Refused(Code.UNAUTHORIZED, f"no valid token for site {site}; make one with: {add}")
         return site
 
     def _reader(self, request: web.Request) -> None:

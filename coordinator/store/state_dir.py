@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from shared.errors import ConfigError, CorruptError
 from shared.files import DISK, Disk
 from shared.fragments import F32, Fragment, Layout, digest_flat
 from shared.sharding import WHOLE, Slice
+
+log = logging.getLogger(__name__)
 
 SHARD, COUNT = "--shard", "the number of [run] coordinators"
 """What the identity of one of several coordinators has, and that of a single one has not."""
@@ -184,7 +187,8 @@ class StateDir:
         known = self.journal.meta("identity")
         if known is not None:
             self._check_identity(json.loads(known), identity)
-            if config.model_dump_json() != self.journal.meta("config"):
+            if config.model_dump_json() != (before := self.journal.meta("config")):
+                log.info("the run's config was changed: %s", ", ".join(_changed(json.loads(before or "{}"), config)))
                 self.journal.forget_sessions()
             self.journal.set_meta(config=config.model_dump_json(), base=str(base.resolve()))
             return False
@@ -250,6 +254,16 @@ def identity_of(config: RunConfig, own: Slice) -> dict[str, Any]:
         **task,
         **({SHARD: own.index, COUNT: own.count} if own.count > 1 else {}),
     }
+
+
+def _changed(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """What a config says otherwise than the one before, for people; the mirror's URL may hold a secret."""
+    found = []
+    for table, keys in config.model_dump(mode="json").items():
+        for key, value in keys.items():
+            if before.get(table, {}).get(key) != value:
+                found.append(f"[{table}] {key}" + ("" if key == "mirror" else f" = {value!r}"))
+    return found
 
 
 def _make_directory(path: Path) -> None:

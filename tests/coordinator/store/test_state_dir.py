@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -46,6 +47,16 @@ def adopted(path: Path, run: RunConfig, own: Slice = WHOLE) -> str:
         return store.run_id
     finally:
         store.close()
+
+
+def test_a_changed_config_is_told_without_the_mirrors_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adopted(tmp_path, config())
+    caplog.set_level(logging.INFO)
+    adopted(tmp_path, config())
+    assert caplog.messages == []
+    changes = {"wire": {"upload": "int8"}, "store": {"mirror": "s3://key:secret@far/away"}}
+    adopted(tmp_path, config(**changes))
+    assert caplog.messages == ["the run's config was changed: [wire] upload = 'int8', [store] mirror"]
 
 
 # ---- one holder
