@@ -85,9 +85,10 @@ def problems(metrics: Metrics, knows_site: Callable[[str], bool]) -> Callable[..
             # Labels only for names that exist: a stranger must not be able to grow the metrics without bound.
             site = claimed if knows_site(claimed) else ""
             metrics.refused.labels(site, refused.code.value).inc()
-            log.warning(
-                "refused %s %s of %r: %s (%s)", request.method, request.path, claimed[:64], refused, refused.code
-            )
+            # (Whoever joins a run that moves on is sent from one version to the next; nothing is wrong with that.)
+            level = logging.INFO if refused.code is Code.VERSION_GONE else logging.WARNING
+            said = f"refused {request.method} {request.path} of {claimed[:64]!r}: {refused} ({refused.code})"
+            log.log(level, "%s", said)
         answer = problem(refused)
         if not request.content.at_eof():
             # What is left of the body would be taken for the next request.
