@@ -54,6 +54,11 @@ class Listen:
                 "use --host 127.0.0.1, or drop --insecure and give each site a token"
             )
 
+    @property
+    def in_the_clear(self) -> bool:
+        """Whether tokens come to this port over a network without TLS."""
+        return self.tls_cert is None and not self.insecure and not _loopback(self.host)
+
     def ssl_context(self) -> ssl.SSLContext | None:
         """The TLS side of the server; with `client_ca`, only clients with a certificate of it get in."""
         if self.tls_cert is None or self.tls_key is None:
@@ -109,7 +114,7 @@ async def serve(config: RunConfig, state: Path, base: Path, listen: Listen, shar
             log.warning(
                 "no site has a token yet, so none can join; isthmus coordinator token add SITE --state %s", state
             )
-        if tls is None and not listen.insecure and not _loopback(listen.host):
+        if listen.in_the_clear:
             log.warning("without --tls-cert tokens travel in the clear, unless a proxy before this port has TLS")
         log.info("serving run %s on %s://%s:%d", coordinator.run_id, "https" if tls else "http", host, port)
         lag = asyncio.create_task(watch_lag(coordinator.metrics.loop_lag.set))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,26 @@ async def test_half_a_header_is_not_waited_for(said: bytes, tmp_path: Path, monk
     finally:
         await runner.cleanup()
         await coordinator.stop()
+
+
+def test_what_the_start_has_made_is_out_of_the_collectors_sight() -> None:
+    made = [[n] for n in range(1000)]
+    try:
+        daemon.settle_garbage_collection()
+        watched = {id(each) for each in gc.get_objects()}
+        assert not any(id(each) in watched for each in made)
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("listen", "clear"),
+    [
+        (daemon.Listen("0.0.0.0", 1), True),
+        (daemon.Listen("0.0.0.0", 1, Path("certificate"), Path("key")), False),
+        (daemon.Listen("127.0.0.1", 1), False),
+        (daemon.Listen("localhost", 1, insecure=True), False),
+    ],
+)
+def test_a_port_that_tokens_come_to_without_tls_is_known(listen: daemon.Listen, clear: bool) -> None:
+    assert listen.in_the_clear is clear

@@ -283,12 +283,19 @@ async def test_a_site_cannot_act_as_another(fleet: Any) -> None:
     assert "us" in fleet.coordinator.core.members.live
 
 
-async def test_a_revoked_token_works_no_longer_from_the_next_request_on(fleet: Any) -> None:
+async def test_a_revoked_token_works_no_longer_from_the_next_request_on(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (site,) = await fleet.trains("eu")
     fleet.coordinator.store.journal.revoke_token("eu")
     answer = await site.ask("POST", "/v1/sites/eu/heartbeat", site.beating())
     assert answer.is_problem(401, "unauthorized")
-    assert "isthmus coordinator token add eu" in answer.json["detail"]
+    assert answer.json["detail"].endswith("isthmus coordinator token add eu --state DIR")
+    config = fleet.coordinator.config
+    several = config.run.model_copy(update={"coordinators": ["https://a.example", "https://b.example"]})
+    monkeypatch.setattr(fleet.coordinator, "config", config.model_copy(update={"run": several}))
+    answer = await site.ask("POST", "/v1/sites/eu/heartbeat", site.beating())
+    assert answer.json["detail"].endswith("--state DIR --token-file FILE"), "it has one token for all of them"
 
 
 async def test_an_insecure_coordinator_takes_a_site_at_its_word_and_still_needs_a_name(serve: Any) -> None:

@@ -247,8 +247,9 @@ async def test_a_delta_that_is_no_longer_kept_sends_the_site_to_a_snapshot(serve
     assert len(held) == 1, "the newest delta; what was merged and checkpointed is gone"
 
 
-async def test_an_old_snapshot_stays_for_a_while_and_is_then_gone(fleet: Any) -> None:
+async def test_an_old_snapshot_stays_for_a_while_and_is_then_gone(fleet: Any, caplog: pytest.LogCaptureFixture) -> None:
     site = await merged(fleet, versions=1)
+    caplog.set_level("WARNING")
     assert (await site.ask("GET", path(0, 0, "snapshot"))).is_problem(410, "version-gone"), "nobody asked in time"
     first = await site.ask("GET", path(0, 1, "snapshot"))
     for base in range(1, SNAPSHOTS_KEPT + 1):
@@ -261,6 +262,7 @@ async def test_an_old_snapshot_stays_for_a_while_and_is_then_gone(fleet: Any) ->
         else:
             assert again.is_problem(410, "version-gone")
     assert len(list((fleet.state / "snapshots").iterdir())) == SNAPSHOTS_KEPT
+    assert caplog.messages == [], "whoever joins a run that moves on is sent from one version to the next"
 
 
 async def test_a_snapshot_that_the_disk_refuses_is_a_507_and_can_be_asked_again(
