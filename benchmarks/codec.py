@@ -46,14 +46,16 @@ def measure(label: str, codec: Codec, values: F32, setting: str, copy: float, re
     """One row: medians over `repeats` passes over `values`."""
     fragment = Fragment(0, (TensorSpec("values", values.shape),))
     chunks = fragment.chunks()
-    sections = encode_sections(codec, fragment, values)
+    sections = encode_sections(codec, fragment.chunks(), values)
     packed = pack_sections(fragment, sections, ZSTD_LEVEL)
     summed, left = np.zeros_like(values), values.copy()
 
     def accumulate(section: int, chunk: Chunk) -> None:
         codec.accumulate(sections[section], 0.25, summed[chunk.start : chunk.stop])
 
-    encoding = _median(lambda: encode_sections(codec, fragment, left, left), repeats, lambda: np.copyto(left, values))
+    encoding = _median(
+        lambda: encode_sections(codec, fragment.chunks(), left, left), repeats, lambda: np.copyto(left, values)
+    )
     decoding = _median(lambda: over_chunks(chunks, accumulate), repeats)
     squeezing = _median(lambda: pack_sections(fragment, sections, ZSTD_LEVEL), repeats)
     raw = sum(section.size for section in sections)

@@ -29,7 +29,7 @@ def training_speed(config: RunConfig, sites: int, threads: int) -> float:
         task = load_task(config.task.use, config.task.options())
         model = build_model(task, config.run.seed)
         layout = build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], 1, "balanced")
-        trainer = Trainer(task, model, layout, config.inner, torch.device("cpu"))
+        trainer = Trainer(task, model, layout, config, torch.device("cpu"))
         stream = task.train_batches(Shard(0, 1), sites * config.inner.batch_size)
         _, tokens, _ = trainer.step(stream, config.inner.lr)
         return tokens / trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)

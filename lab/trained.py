@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from coordinator.core.rounds import Contribution
 from coordinator.core.run import CloseRound, RunCore
@@ -28,8 +27,8 @@ from shared.compression import usual_level
 from shared.config import RunConfig
 from shared.task import Shard, build_model, load_task
 from shared.wire import open_container
-from site_agent.contribution import Address, Anchor, Parcel, encode
-from site_agent.core.alignment import How, take_up
+from site_agent.contribution import Address, Anchor, Parcel, pack
+from site_agent.core.alignment import How
 from site_agent.core.site import Settings, Snapshot
 from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
@@ -53,8 +52,6 @@ class _Body:
     trainer: Trainer
     stream: Any
     anchors: list[Anchor] = field(default_factory=list)
-    snapshots: dict[int, Tensor] = field(default_factory=dict)
-    residuals: dict[int, Tensor] = field(default_factory=dict)
     arrivals: dict[int, Anchor] = field(default_factory=dict)
 
 
@@ -83,9 +80,7 @@ class TrainedRun(VirtualRun):
 
     def _body(self, index: int, count: int) -> _Body:
         seed = self.config.run.seed
-        trainer = Trainer(
-            self._task, build_model(self._task, seed), self._layout, self.config.inner, torch.device("cpu")
-        )
+        trainer = Trainer(self._task, build_model(self._task, seed), self._layout, self.config, torch.device("cpu"))
         return _Body(trainer, self._task.train_batches(Shard(index, count, seed), self.config.inner.batch_size))
 
     def digests(self) -> list[tuple[int, str]]:
@@ -108,7 +103,7 @@ class TrainedRun(VirtualRun):
         body = self._bodies[site.name]
         body.anchors = list(self._published_now)
         for p, anchor in enumerate(body.anchors):
-            body.trainer.write(p, torch.from_numpy(anchor.flat))
+            body.trainer.begin(p, anchor.flat)
 
     def step(self, site: VirtualSite) -> int:
         body, inner, run = self._bodies[site.name], self.config.inner, self.config.run
@@ -118,15 +113,14 @@ class TrainedRun(VirtualRun):
 
     def take(self, site: VirtualSite, action: Snapshot) -> Any:
         body, p = self._bodies[site.name], action.fragment
-        snapshot = body.snapshots[p] = body.trainer.read(p)
-        parcel = Parcel(p, body.anchors[p], snapshot, body.residuals.get(p), action.tokens, action.steps)
-        encoded, left = encode(parcel, Address(RUN, self._layout.fragments[p]), self.config.wire, site.name)
-        self.bytes_up += len(encoded)
-        return encoded, left
+        body.trainer.snapshot(p)
+        parcel = Parcel(p, body.anchors[p], body.trainer.encode(p, body.anchors[p].flat), action.tokens, action.steps)
+        packed = pack(parcel, Address(RUN, self._layout.fragments[p]), self.config.wire, site.name)
+        self.bytes_up += len(packed)
+        return packed
 
     def feed_back(self, site: VirtualSite, fragment: int, sent: Any) -> None:
-        if sent[1] is not None:
-            self._bodies[site.name].residuals[fragment] = sent[1]
+        self._bodies[site.name].trainer.settle(fragment, delivered=True)
 
     def arrive(self, site: VirtualSite, fragment: int, version: int) -> None:
         body, p = self._bodies[site.name], fragment
@@ -136,19 +130,15 @@ class TrainedRun(VirtualRun):
         body.arrivals[p] = self._published_now[p]
 
     def take_up(self, site: VirtualSite, fragment: int, how: How) -> None:
-        body, p, rounds = self._bodies[site.name], fragment, self.config.rounds
+        body, p = self._bodies[site.name], fragment
         anchor = body.arrivals.pop(p)
-        theta, since = body.trainer.read(p), body.snapshots.pop(p, None)
-        if how == "rebase":
-            since = torch.from_numpy(body.anchors[p].flat)
-        published = torch.from_numpy(anchor.flat)
-        body.trainer.write(p, take_up(how, theta, since, published, rounds.align, rounds.blend))
+        body.trainer.take_up(p, how, body.anchors[p].flat, anchor.flat)
         body.anchors[p] = anchor
 
     # -- the coordinator's tensors
 
     def store(self, contribution: Contribution, sent: Any) -> None:
-        encoded: bytes = sent[0]
+        encoded: bytes = sent
         with open_container(encoded, self._layout.fragments[contribution.fragment]) as container:
             self._stored[contribution.id] = (encoded, container.screen() ** 0.5)
 

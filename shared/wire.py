@@ -147,13 +147,13 @@ def encode_flat(
 
     `residual`, where given, receives `flat − decoded`: what the codec lost. Raises ValueError on NaN or infinity.
     """
-    sections = encode_sections(grid(header.codec, grid_step), fragment, flat, residual)
+    sections = encode_sections(grid(header.codec, grid_step), fragment.chunks(), flat, residual)
     return pack_container(header, pack_sections(fragment, sections, zstd_level))
 
 
-def encode_sections(codec: Codec, fragment: Fragment, flat: F32, residual: F32 | None = None) -> list[U8]:
-    """The raw bytes of every section of `flat` (fp32, fragment.size), encoded on all cores; `residual` as in
-    `encode_flat`, or `flat` itself."""
+def encode_sections(codec: Codec, chunks: Sequence[Chunk], flat: F32, residual: F32 | None = None) -> list[U8]:
+    """The raw bytes of every chunk of `flat` (fp32), encoded on all cores; `residual` as in `encode_flat`, or `flat`
+    itself."""
 
     def encode(_: int, chunk: Chunk) -> U8:
         x = flat[chunk.start : chunk.stop]
@@ -164,7 +164,7 @@ def encode_sections(codec: Codec, fragment: Fragment, flat: F32, residual: F32 |
             np.copyto(left, x)
         return codec.encode(x, left, -1.0)
 
-    return over_chunks(fragment.chunks(), encode)
+    return over_chunks(chunks, encode)
 
 
 def pack_sections(fragment: Fragment, raws: Sequence[U8], zstd_level: int) -> list[Buffer]:

@@ -182,7 +182,7 @@ class Agent:
         device = choose_device(config.devices.device)
         self.task = task = task_of(config, run)
         model = build_model(task, run.run.seed)
-        trainer = Trainer(task, model, layout, run.inner, device, config.devices.throttle)
+        trainer = Trainer(task, model, layout, run, device, config.devices.throttle)
         log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))
         warm_up()
 

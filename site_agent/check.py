@@ -48,7 +48,7 @@ def check(config: SiteConfig) -> None:
     preview = asked[0].preview
     run, layout = received_run(preview.config), Layout.from_wire(interleave([each.preview.layout for each in asked]))
     task = task_of(config, run)
-    trainer = Trainer(task, build_model(task, run.run.seed), layout, run.inner, device, config.devices.throttle)
+    trainer = Trainer(task, build_model(task, run.run.seed), layout, run, device, config.devices.throttle)
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
     stream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
     seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)

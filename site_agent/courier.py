@@ -16,8 +16,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from shared.compression import Compression
 from shared.config import WireTable, received_run
 from shared.errors import FaultError, IsthmusError, RefusedError
@@ -26,7 +24,7 @@ from shared.sharding import Slice
 from shared.task import Manifest
 from shared.wire import blob_digest, open_container
 from site_agent.branch import LEAVE_SECONDS, Branch, Home
-from site_agent.contribution import Address, Anchor, Parcel, encode, left_of
+from site_agent.contribution import Address, Anchor, Parcel, pack
 from site_agent.core.alignment import How
 from site_agent.history import History
 from site_agent.link import Link, Refusal
@@ -54,13 +52,11 @@ class _Turned:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A contribution's container, the base version and the codec that it names, and the error feedback once it is
-    accepted."""
+    """A contribution's container, and the base version and the codec that it names."""
 
     body: bytes
     base_version: int
     codec: str
-    residual: Tensor | None
 
 
 class Courier:
@@ -100,16 +96,16 @@ class Courier:
         self._versions = Versions(self._homes, wire.publish, history, self.count_repair)
 
     def send(self, parcel: Parcel) -> None:
-        """Encodes and uploads a contribution, and brings the version that it leads to."""
+        """Packs and uploads a contribution, and brings the version that it leads to."""
         self._start(lambda: self._deliver(parcel))
 
     def repeat(self, parcel: Parcel, version: int) -> None:
         """Nothing is sent: of this contribution it is known that it was accepted, and that `version` came next."""
-        self._start(lambda: self._retrace(parcel.fragment, parcel.anchor, version, "align", parcel))
+        self._start(lambda: self._retrace(parcel.fragment, parcel.anchor, version, "align", delivered=True))
 
     def retrace(self, fragment: int, anchor: Anchor, version: int, how: How) -> None:
         """Brings exactly `version`, which this site has been at before."""
-        self._start(lambda: self._retrace(fragment, anchor, version, how, None))
+        self._start(lambda: self._retrace(fragment, anchor, version, how, delivered=False))
 
     def await_version(self, fragment: int, anchor: Anchor, version: int) -> None:
         """Brings the version that holds a contribution which was accepted before a restart."""
@@ -242,7 +238,7 @@ class Courier:
         branch = home.branch
         await self._versions.kept(p)  # what is in the outbox, can be made again on the version that it was made on
         packed = await asyncio.to_thread(self._prepare, parcel)
-        base, body, residual = packed.base_version, packed.body, packed.residual
+        base, body = packed.base_version, packed.body
         digest = blob_digest(body)
         while True:
             session = branch.session
@@ -259,7 +255,7 @@ class Courier:
                 body=None,
             )
             try:
-                return Accepted(p, (await branch.link.contribute(opening, body)).version, residual)
+                return Accepted(p, (await branch.link.contribute(opening, body)).version, delivered=True)
             except Refusal as refusal:
                 self.metrics.refused.labels(refusal.code).inc()
                 newest = refusal.version or base
@@ -273,7 +269,7 @@ class Courier:
                     case Code.ALREADY_CONTRIBUTED:
                         # By this site before a restart. Where these are not the very same bytes (it has lost its
                         # memory), what the others left out is not known.
-                        return Accepted(p, max(base + 1, newest), residual if parcel.recorded else None)
+                        return Accepted(p, max(base + 1, newest), delivered=parcel.recorded)
                     case Code.RUN_FINISHED:
                         await asyncio.to_thread(self._forget, parcel)
                         return _Turned(parcel.anchor, newest, "overwrite")
@@ -292,24 +288,21 @@ class Courier:
     def _prepare(self, parcel: Parcel) -> _Packed:
         """The contribution as it is sent. It is in the outbox from here on."""
         p, home = parcel.fragment, self._homes[parcel.fragment]
-        fragment = home.address.fragment
-        recorded = self._outbox.read(parcel.number, p) if parcel.recorded else None
-        if recorded is not None:
-            with open_container(recorded, fragment) as container:
+        if isinstance(parcel.content, bytes):
+            with open_container(parcel.content, home.address.fragment) as container:
                 header = container.header
-            left = left_of(parcel, fragment, self._wire, recorded) if self._wire.error_feedback else None
-            return _Packed(recorded, header.base_version, header.codec, left)
+            return _Packed(parcel.content, header.base_version, header.codec)
         if home.branch.index:
             parcel = replace(parcel, progress=())  # data is leased by the first alone
         link = home.branch.link.pace.bytes_per_second
-        body, residual = encode(parcel, home.address, self._wire, self._site, self._compression, link)
+        body = pack(parcel, home.address, self._wire, self._site, self._compression, link)
         try:
             self._outbox.put(parcel.number, p, body)
         except OSError as error:
             log.error(
                 "a contribution is not in the outbox (%s): if this agent is killed, its steps count as lost", error
             )
-        return _Packed(body, parcel.anchor.version, self._wire.upload_codec, residual)
+        return _Packed(body, parcel.anchor.version, self._wire.upload_codec)
 
     def _forget(self, parcel: Parcel) -> None:
         try:
@@ -324,11 +317,10 @@ class Courier:
         found, jumped = await self._versions.bring(p, anchor, version)
         self._post(ArrivedAnchor(p, found, how, jumped))
 
-    async def _retrace(self, p: int, anchor: Anchor, version: int, how: How, delivered: Parcel | None) -> None:
+    async def _retrace(self, p: int, anchor: Anchor, version: int, how: How, *, delivered: bool) -> None:
         """Posts the acceptance of what is known to be `delivered`, then the anchor of `version`."""
-        if delivered is not None:
-            packed = await asyncio.to_thread(self._prepare, delivered)
-            self._post(Accepted(p, version, packed.residual))
+        if delivered:
+            self._post(Accepted(p, version, delivered=True))
         along = await self._versions.by_deltas(p, anchor, version)
         if along is None:
             raise FaultError(f"version {version} of fragment {p} cannot be come back to; start this agent again")

@@ -21,15 +21,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shared.codecs.kernels import U8
 from shared.config import RunConfig
 from shared.errors import FaultError, IsthmusError
 from shared.files import DISK, Disk
-from shared.fragments import Layout, digest_flat
+from shared.fragments import F32, Layout, digest_flat
 from shared.protocol import FragmentVersion, Joined, Orders, ShardMessage
 from shared.task import BatchStream, Shard
+from shared.wire import open_container
 from site_agent import checkpoint
-from site_agent.contribution import Anchor, DivergedError, Parcel, on_device_of
-from site_agent.core.alignment import How, take_up
+from site_agent.contribution import Anchor, Parcel
+from site_agent.core.alignment import How
 from site_agent.core.site import Align, Done, InFlight, Settings, SiteCore, Snapshot, Step, Wait
 from site_agent.courier import Courier
 from site_agent.history import History
@@ -37,6 +39,7 @@ from site_agent.metrics import Metrics
 from site_agent.news import Accepted, ArrivedAnchor, Event, Failed, Ordered, Report, Stop, Touch
 from site_agent.outbox import Outbox, Replays
 from site_agent.training.leased import LeasedStream
+from site_agent.training.replica import DivergedError
 from site_agent.training.schedules import lr_factor
 
 log = logging.getLogger(__name__)
@@ -71,16 +74,20 @@ Course = Generator[Need, Sequence[Event], None]
 
 
 class Trains(Protocol):
-    """What the learner needs of a trainer; see site_agent.training.trainer."""
+    """What the learner needs of a trainer; see site_agent.training.trainer and .replica. All vectors are fp32
+    (fragment.size,) on the CPU."""
 
     skipped_steps: int
-    device: torch.device
-    """That of the weights, of snapshots and of error feedback."""
 
     def seed(self, seed: int) -> None: ...
     def step(self, stream: BatchStream, lr: float) -> tuple[float, int, float]: ...
-    def read(self, fragment: int) -> Tensor: ...
-    def write(self, fragment: int, flat: Tensor) -> None: ...
+    def begin(self, fragment: int, published: F32) -> None: ...
+    def snapshot(self, fragment: int) -> None: ...
+    def forget(self, fragment: int) -> None: ...
+    def encode(self, fragment: int, anchor: F32) -> list[U8]: ...
+    def leave(self, fragment: int, anchor: F32, delivered: F32) -> None: ...
+    def settle(self, fragment: int, *, delivered: bool) -> None: ...
+    def take_up(self, fragment: int, how: How, anchor: F32, published: F32) -> None: ...
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None: ...
 
@@ -153,8 +160,6 @@ class Learner:
         self.core: SiteCore
         self.stream: BatchStream
         self.anchors: list[Anchor] = []
-        self.snapshots: dict[int, Tensor] = {}
-        self.residuals: dict[int, Tensor] = {}
         self.arrivals: dict[int, ArrivedAnchor] = {}
         self._streams, self._evaluator, self._clock = streams, evaluator, clock
         self._orders, self._at_join, self._step_seconds = joined.orders, joined.fragments, calibrated
@@ -224,7 +229,7 @@ class Learner:
         self.trainer.seed((self.run_config.run.seed * 1_000_003 + self._orders.shard.index) % 2**63)
         self.anchors = anchors
         for p, anchor in enumerate(anchors):
-            self.trainer.write(p, torch.from_numpy(anchor.flat))
+            self.trainer.begin(p, anchor.flat)
         versions = [(anchor.version, anchor.tokens) for anchor in anchors]
         pace = self._orders.pace or float(self.run_config.inner.steps)
         self.core = SiteCore.begin(self.settings, versions, pace, self._orders.peers or 1.0)
@@ -257,8 +262,7 @@ class Learner:
         contributed = at_join.contributed
         if contributed < newest.version:
             return
-        # A copy: a checkpoint takes no tensor twice.
-        self.snapshots[p] = torch.tensor(newest.flat, device=self.trainer.device)
+        self.trainer.snapshot(p)  # which is the newest version now
         self.core.fragments[p].in_flight = InFlight(
             contributed, self.core.steps, self.core.tokens, 0, 0, self._clock(), holding=contributed + 1
         )
@@ -280,10 +284,6 @@ class Learner:
             Anchor(version, digest, merged, tensors[f"anchor.{p}"].numpy())
             for p, (version, digest, merged) in enumerate(manifest["anchors"])
         ]
-        self.snapshots, self.residuals = (
-            {p: tensors[f"{kind}.{p}"].to(self.trainer.device) for p in fragments if f"{kind}.{p}" in tensors}
-            for kind in ("snapshot", "residual")
-        )
         self.stream = self._stream_of(self._orders)
         self._go_on_in_the_data(manifest)
         records = self._outbox.load(self.courier.addresses)
@@ -336,14 +336,14 @@ class Learner:
             log.warning(
                 "fragment %d: the outbox does not know what was contributed; starting from the newest version", p
             )
-            self.residuals.pop(p, None)
+            self.trainer.settle(p, delivered=False)
             return _Missing(anchor if sound else None, at_join.version, "overwrite")
         return _Missing(anchor, at_join.version, "rebase") if at_join.version > anchor.version else None
 
     def _abandon(self, p: int) -> None:
         """The contribution of fragment `p` that was on its way in the checkpoint is not any more."""
         self.core.fragments[p].in_flight = None
-        self.snapshots.pop(p, None)
+        self.trainer.forget(p)
 
     def _resume(self, found: Mapping[int, ArrivedAnchor]) -> None:
         """Training goes on, with the versions that were missing."""
@@ -357,7 +357,7 @@ class Learner:
             if flight is None or p in found:
                 continue
             if flight.holding is None:
-                self._send(self._parcel(p, flight.tokens, flight.steps, self._numbers[p], recorded=True))
+                self._send(p, flight.tokens, flight.steps, self._numbers[p], recorded=True)
             elif follows is None:
                 self.courier.await_version(p, anchor, flight.holding)
             else:
@@ -441,14 +441,22 @@ class Learner:
             due = Snapshot(p, record.base_version, record.tokens, record.steps)
         self._note_records()
         self.core.snapshot_taken(due, self._clock())
-        self.snapshots[p] = self.trainer.read(p)
+        self.trainer.snapshot(p)
         self._numbers[p] = number = record.number if record is not None else self._replays.number()
-        self._send(self._parcel(p, due.tokens, due.steps, number, recorded=record is not None))
+        self._send(p, due.tokens, due.steps, number, recorded=record is not None)
 
-    def _send(self, parcel: Parcel) -> None:
+    def _send(self, p: int, tokens: int, steps: int, number: int, *, recorded: bool) -> None:
         """Where another one was sent after it before a restart, it was accepted, and what version came next is known:
         nobody need be asked."""
-        follows = self._replays.next_base(parcel.fragment) if parcel.recorded else None
+        anchor, content = self.anchors[p], self._outbox.read(number, p) if recorded else None
+        if content is None:
+            sections = self.trainer.encode(p, anchor.flat)
+        else:
+            with open_container(content, self.courier.addresses[p].fragment) as container:
+                self.trainer.leave(p, anchor.flat, container.decode())
+        progress = tuple(self._leased.progress()) if self._leased is not None and not recorded else ()
+        parcel = Parcel(p, anchor, content or sections, tokens, steps, number, recorded, progress)
+        follows = self._replays.next_base(p) if recorded else None
         if follows is None:
             self.courier.send(parcel)
         else:
@@ -456,34 +464,21 @@ class Learner:
 
     def _align(self, p: int, how: How) -> None:
         """Takes up the arrived version of fragment `p`."""
-        arrival, rounds = self.arrivals.pop(p), self.run_config.rounds
+        arrival = self.arrivals.pop(p)
         arrived, self._jumped = arrival.anchor, self._jumped or arrival.jumped
-        theta, since = self.trainer.read(p), self.snapshots.pop(p, None)
-        if how == "rebase":
-            since = on_device_of(theta, self.anchors[p].flat)
-        published = on_device_of(theta, arrived.flat)
-        self.trainer.write(p, take_up(how, theta, since, published, rounds.align, rounds.blend))
+        self.trainer.take_up(p, how, self.anchors[p].flat, arrived.flat)
         self.anchors[p] = arrived
         self.core.aligned(p)
         self.metrics.version.labels(p).set(arrived.version)
-
-    def _parcel(self, p: int, tokens: int, steps: int, number: int, *, recorded: bool) -> Parcel:
-        residual = self.residuals.get(p)
-        progress = tuple(self._leased.progress()) if self._leased is not None and not recorded else ()
-        return Parcel(p, self.anchors[p], self.snapshots[p], residual, tokens, steps, number, recorded, progress)
 
     # -- news
 
     def _take_in(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
-                case Accepted(p, version, residual):
+                case Accepted(p, version, delivered):
                     self.core.accepted(p, version, self._clock())
-                    # Without error feedback there is none: what a run had of it before its config was changed has just
-                    # been sent, once.
-                    self.residuals.pop(p, None)
-                    if residual is not None:
-                        self.residuals[p] = residual
+                    self.trainer.settle(p, delivered=delivered)
                 case ArrivedAnchor():
                     self._arrive(event)
                 case Ordered(orders):
@@ -612,8 +607,6 @@ class Learner:
         """A checkpoint's tensors (copies) and manifest."""
         tensors, plain = self.trainer.state()
         tensors |= {f"anchor.{p}": torch.from_numpy(anchor.flat) for p, anchor in enumerate(self.anchors)}
-        tensors |= {f"snapshot.{p}": flat.cpu() for p, flat in self.snapshots.items()}
-        tensors |= {f"residual.{p}": flat.cpu() for p, flat in self.residuals.items()}
         tensors["random"] = torch.get_rng_state()
         manifest = {
             "run": self.run_id,

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from shared.protocol import DataReport, Orders
 from site_agent.contribution import Anchor
 from site_agent.core.alignment import How
@@ -17,11 +15,11 @@ from site_agent.core.alignment import How
 
 @dataclass(frozen=True)
 class Accepted:
-    """The coordinator has the contribution; `residual` is the error feedback from now on (None: there is none)."""
+    """The coordinator has the contribution; `delivered`: the one that was encoded last, or put in its place."""
 
     fragment: int
     version: int
-    residual: Tensor | None
+    delivered: bool
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from shared.fragments import F32
 from shared.wire import open_container
 from site_agent.learner import Learner
 from site_agent.news import Accepted, ArrivedAnchor, Event
+from site_agent.training.replica import Replica
 
 ROUNDING = 2e-3
 """Of sums of a few dozen fp32 values of about 1, through int4 and back."""
@@ -200,15 +201,17 @@ class Auditor:
         if self._config.rounds.align != "carry" or site in self.forgetful:
             return
         taken = self._strides[site].after(learner.stream.state_dict()["position"])
+        replica = learner.trainer
+        assert isinstance(replica, Replica)
         for p, view in enumerate(learner.core.fragments):
             flight = view.in_flight
             if view.complete or view.arrived is not None or learner.replays(p):
                 continue
             if flight is not None and flight.holding is None:
                 continue  # whether it is delivered is not known here
-            since = learner.anchors[p].flat if flight is None else learner.snapshots[p].numpy()
-            held = since - learner.trainer.read(p).numpy()
-            if (residual := learner.residuals.get(p)) is not None:
+            since = learner.anchors[p].flat if flight is None else replica.snapshots[p].numpy()
+            held = since - replica.read(p).numpy()
+            if (residual := replica.residuals.get(p)) is not None:
                 held = held + residual.numpy()
             delivered = self._delivered.get((site, p), np.zeros(PLACES, np.float32))
             wrong = np.abs(delivered + held - taken)

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from lab.simulator.model import PLACES, TOKENS
+from shared.config import RunConfig
 from shared.files import Disk
-from shared.fragments import F32
+from shared.fragments import F32, Layout
 from shared.task import Manifest
 from site_agent.checkpoint import oldest_lease
 from site_agent.training.leased import LeasedStream
+from site_agent.training.replica import Replica, whole
 
 LEASED = Manifest("0" * 32, (6, 4, 7, 5))
 BATCH = 3
@@ -88,16 +90,17 @@ class LeasedSteps(LeasedStream):
         self.position = int(state["position"])
 
 
-class CountingTrainer:
+class CountingTrainer(Replica):
     """The trainer of a simulated site; see site_agent.learner.Trains."""
 
     skipped_steps = 0
     device = torch.device("cpu")
 
-    def __init__(self, fragments: int, stride: Stride) -> None:
+    def __init__(self, layout: Layout, run: RunConfig, stride: Stride) -> None:
+        super().__init__([whole(fragment) for fragment in layout.fragments], run.wire, run.rounds)
         self._stride = stride
         self.seconds = 0.0
-        self.theta = [np.zeros(PLACES, np.float32) for _ in range(fragments)]
+        self.theta = [np.zeros(PLACES, np.float32) for _ in layout.fragments]
 
     def seed(self, seed: int) -> None:
         """Nothing is drawn."""
@@ -116,7 +119,9 @@ class CountingTrainer:
         self.theta[fragment] = flat.numpy().copy()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {f"model.{p}": torch.from_numpy(theta.copy()) for p, theta in enumerate(self.theta)}, {}
+        weights = {f"model.{p}": torch.from_numpy(theta.copy()) for p, theta in enumerate(self.theta)}
+        return {**weights, **dict(self.kept())}, {}
 
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         self.theta = [tensors[f"model.{p}"].numpy().copy() for p in range(len(self.theta))]
+        self.keep(tensors)

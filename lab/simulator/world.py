@@ -28,6 +28,7 @@ from lab.simulator.loop import Deadlock, Lanes, VirtualLoop
 from lab.simulator.network import Imagined, Routes, Weather, Wire
 from shared.config import RunConfig, UploadCodec, received_run
 from shared.errors import FaultError, IsthmusError, RefusedError
+from shared.fragments import Layout
 from shared.task import Shard
 from site_agent.branch import CONFIG_CHANGED
 from site_agent.core.site import SiteCore
@@ -322,7 +323,7 @@ class SiteProcess:
         courier.heartbeats_per_lease = HEARTBEATS_PER_LEASE
         joined = await courier.join(3600.0)
         run = received_run(joined.config)
-        trainer = CountingTrainer(run.rounds.fragments, Stride(self.name))
+        trainer = CountingTrainer(Layout.from_wire(joined.layout), run, Stride(self.name))
         # A machine is not as fast as it was before its restart, and so its cycles are not where they were.
         seconds = world.schedule.step_seconds[self.name] * world.rng.choice((0.25, 1.0, 1.0, 4.0))
         trainer.seconds = seconds

@@ -1,8 +1,6 @@
 """The trainer: one model on one device, its inner optimizer and its data, and the fragments as flat vectors.
 
-Weights leave and enter the model as flat fp32 vectors on its device: pseudo-gradients are made and encoded there, and
-weights aligned. Only anchors, which must be the same bits everywhere, live on the CPU, where their arithmetic is
-done. The inner optimizer's state stays through every alignment (DiLoCo, arXiv 2311.08105).
+The inner optimizer's state stays through every alignment (DiLoCo, arXiv 2311.08105).
 """
 
 from __future__ import annotations
@@ -16,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.config import InnerTable
+from shared.config import RunConfig
 from shared.fragments import F32, Layout, TensorSpec
 from shared.task import BatchStream
 from site_agent import checkpoint
 from site_agent.training.optimizers import build_optimizer
+from site_agent.training.replica import Replica, whole
 
 
-class Trainer:
+class Trainer(Replica):
     """A model in training. `layout` must hold exactly the model's parameters (checked). Raises ConfigError."""
 
     def __init__(
@@ -31,15 +30,16 @@ class Trainer:
         task: Any,
         model: nn.Module,
         layout: Layout,
-        inner: InnerTable,
+        run: RunConfig,
         device: torch.device,
         throttle: float = 1.0,
     ) -> None:
         layout.check_model(TensorSpec(name, tuple(p.shape)) for name, p in model.named_parameters())
-        self.task, self.layout, self.inner, self.device = task, layout, inner, device
+        super().__init__([whole(fragment) for fragment in layout.fragments], run.wire, run.rounds)
+        self.task, self.layout, self.inner, self.device = task, layout, run.inner, device
         self.model = model.to(device)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(inner, self.model)
+        self.optimizer = build_optimizer(run.inner, self.model)
         self.skipped_steps = 0
         self._throttle = throttle
         self._compute: deque[float] = deque(maxlen=32)
@@ -90,8 +90,9 @@ class Trainer:
                 self.parameters[tensor.name].copy_(part.view(tensor.shape))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and inner optimizer as named tensors (copies), and what of them is not a tensor."""
+        """All of it as named tensors (on the CPU, and not written to any more), and what is not a tensor."""
         tensors, plain = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= dict(self.kept())
         tensors |= {f"model.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
         return tensors, plain
 
@@ -101,6 +102,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
         checkpoint.unpack_optimizer(self.optimizer, tensors, plain)
+        self.keep(tensors)
 
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""

@@ -23,12 +23,12 @@ from lab.simulator.schedules import COUNTING, FOR_EVER, STEPS, TOKENS_PER_STEP, 
 from lab.simulator.simulate import prepare, run_schedule, simulate
 from lab.simulator.world import Fault, Schedule, World
 from shared.config import RunConfig, parse
-from site_agent.contribution import left_of
 from site_agent.courier import Courier
 from site_agent.history import History
 from site_agent.learner import Learner
 from site_agent.news import ArrivedAnchor
 from site_agent.training.leased import LeasedStream
+from site_agent.training.replica import Replica
 from site_agent.versions import Versions
 
 SCHEDULES = 60
@@ -126,15 +126,11 @@ def test_error_feedback_that_moves_on_with_a_refusal_is_found(monkeypatch: pytes
     def advancing(self: Learner, arrival: ArrivedAnchor) -> None:
         p = arrival.fragment
         flight = self.core.fragments[p].in_flight
-        number = self._numbers.get(p, -1)
-        if arrival.how == "rebase" and flight is not None and p in self.snapshots:
-            parcel = self._parcel(p, flight.tokens, flight.steps, number, recorded=False)
-            from shared.config import WireTable
-            from site_agent.contribution import encode
-
-            wire: WireTable = self.run_config.wire
-            body, _ = encode(parcel, self.courier.addresses[p], wire, "a")
-            self.residuals[p] = left_of(parcel, self.layout.fragments[p], wire, body) - 1
+        replica = self.trainer
+        assert isinstance(replica, Replica)
+        if arrival.how == "rebase" and flight is not None and p in replica.snapshots:
+            replica.settle(p, delivered=True)
+            replica.residuals[p] = replica.residuals[p] - 1
         arrive(self, arrival)
 
     monkeypatch.setattr(Learner, "_arrive", advancing)

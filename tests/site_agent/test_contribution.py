@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 from shared.config import UploadCodec, WireTable
 from shared.fragments import F32, Layout
 from shared.wire import Bytes, encode_flat, open_container, read_header
-from site_agent import contribution
-from site_agent.contribution import Address, Anchor, DivergedError, Parcel, encode, left_of
+from site_agent.contribution import Address, Anchor, Parcel, pack
 from site_agent.training import encoders
+from tests.support.vectors import Vectors
 
 FRAGMENT = Layout.from_wire([[("a", [300, 31]), ("b", [64]), ("c", [1]), ("d", [4097])]]).fragments[0]
 RNG = np.random.default_rng(0)
@@ -31,13 +30,21 @@ def normal() -> F32:
 ANCHOR, SNAPSHOT, RESIDUAL = Anchor(3, "0" * 32, 0, normal()), normal(), normal()
 
 
-def parcel(device: torch.device = DEVICES[0], *, residual: bool = True) -> Parcel:
-    snapshot, feedback = (torch.from_numpy(flat).to(device) for flat in (SNAPSHOT, RESIDUAL))
-    return Parcel(0, ANCHOR, snapshot, feedback if residual else None, tokens=80, steps=5)
+def replica(wire: WireTable, device: torch.device = DEVICES[0], *, residual: bool = True) -> Vectors:
+    made = Vectors(Layout((FRAGMENT,)), wire, device=device)
+    made.write(0, torch.from_numpy(SNAPSHOT))
+    made.snapshot(0)
+    if residual:
+        made.residuals[0] = torch.from_numpy(RESIDUAL).to(device)
+    return made
 
 
-def sent(parcel: Parcel, wire: WireTable) -> tuple[bytes, Tensor | None]:
-    return encode(parcel, Address("run", FRAGMENT), wire, "eu")
+def sent(made: Vectors) -> tuple[bytes, Tensor | None]:
+    """The container, and the error feedback once it is accepted."""
+    parcel = Parcel(0, ANCHOR, made.encode(0, ANCHOR.flat), tokens=80, steps=5)
+    body = pack(parcel, Address("run", FRAGMENT), made.wire, "eu")
+    made.settle(0, delivered=True)
+    return body, made.residuals.get(0)
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("residual", [True, False])
 def test_on_the_cpu_its_bits_are_those_of_the_definition(codec: UploadCodec, residual: bool) -> None:
     wire = WireTable(upload=codec, zstd_level=1)
-    body, left = sent(parcel(residual=residual), wire)
+    body, left = sent(replica(wire, residual=residual))
     flat = ANCHOR.flat - SNAPSHOT
     if residual:
         flat += np.float32(wire.feedback) * RESIDUAL
@@ -67,9 +74,9 @@ def test_torch_operations_make_the_same_container(
     codec: UploadCodec, zstd_level: int, request: pytest.FixtureRequest
 ) -> None:
     wire = WireTable(upload=codec, zstd_level=zstd_level)
-    body, left = sent(parcel(), wire)
+    body, left = sent(replica(wire))
     request.getfixturevalue("torch_operations")
-    again, also_left = sent(parcel(), wire)
+    again, also_left = sent(replica(wire))
     assert again == body
     assert left is not None
     assert also_left is not None
@@ -83,8 +90,8 @@ def test_what_a_device_encodes_is_accepted_and_what_it_keeps_is_the_rest(
     codec: UploadCodec, device: torch.device
 ) -> None:
     wire = WireTable(upload=codec)
-    whole = parcel(device)
-    body, left = sent(whole, wire)
+    made = replica(wire, device)
+    body, left = sent(made)
     with open_container(body, FRAGMENT, [wire.upload_codec]) as container:
         decoded = container.decode()
         assert container.screen() == pytest.approx(float(np.sum(decoded.astype(np.float64) ** 2)))
@@ -92,29 +99,8 @@ def test_what_a_device_encodes_is_accepted_and_what_it_keeps_is_the_rest(
     assert left.device.type == device.type
     flat = ANCHOR.flat - SNAPSHOT + np.float32(wire.feedback) * RESIDUAL
     np.testing.assert_allclose(left.cpu().numpy() + decoded, flat, atol=2e-6)
-    assert torch.equal(left_of(whole, FRAGMENT, wire, body), left)
-    assert torch.equal(whole.snapshot.cpu(), torch.from_numpy(SNAPSHOT)), "a checkpoint may be reading it"
-
-
-@pytest.mark.parametrize("way", ["numba", "torch"])
-def test_weights_that_are_not_finite_are_told_of(way: str, request: pytest.FixtureRequest) -> None:
-    if way == "torch":
-        request.getfixturevalue("torch_operations")
-    snapshot = torch.zeros(FRAGMENT.size)
-    snapshot[7] = float("inf")
-    with pytest.raises(DivergedError, match=r"fragment 0 have diverged .*NaN or infinite"):
-        sent(replace(parcel(), snapshot=snapshot), WireTable())
-
-
-@pytest.mark.usefixtures("torch_operations")
-def test_without_error_feedback_nothing_is_kept() -> None:
-    assert sent(parcel(), WireTable(upload="int8", error_feedback=False))[1] is None
-
-
-def test_too_little_memory_on_the_device_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nMore of it")
-
-    monkeypatch.setattr(contribution, "_sections", full)
-    with pytest.raises(contribution.FaultError, match=r"too little memory .* Tried to allocate 2 GiB\.; lower"):
-        sent(parcel(), WireTable())
+    assert torch.equal(made.snapshots[0].cpu(), torch.from_numpy(SNAPSHOT)), "a checkpoint may be reading it"
+    again = replica(wire, device)
+    again.leave(0, ANCHOR.flat, decoded)
+    again.settle(0, delivered=True)
+    assert torch.equal(again.residuals[0], left)

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from shared.config import UploadCodec, WireTable
+from shared.codecs import codec_named
+from shared.config import WireTable
 from shared.files import DISK
 from shared.fragments import Layout
-from shared.wire import open_container
-from site_agent.contribution import Address, Anchor, Parcel, encode, left_of
+from shared.wire import encode_sections
+from site_agent.contribution import Address, Anchor, Parcel, pack
 from site_agent.outbox import Outbox, Record, Replays
 
 LAYOUT = Layout.from_wire([[("w", [200])], [("v", [64])]])
-FRAGMENT = LAYOUT.fragments[0]
 ADDRESSES = [Address("run", fragment) for fragment in LAYOUT.fragments]
-RNG = np.random.default_rng(0)
-
-
-def normal() -> Tensor:
-    return torch.from_numpy(RNG.normal(size=200).astype(np.float32))
-
-
-def parcel(snapshot: Tensor, residual: Tensor | None = None, fragment: int = 0, base: int = 3) -> Parcel:
-    anchor = Anchor(base, "0" * 32, 0, np.zeros(len(snapshot), np.float32))
-    return Parcel(fragment, anchor, snapshot, residual, tokens=80, steps=5)
 
 
 def body(run: str = "run", fragment: int = 0, base: int = 3) -> bytes:
-    size = LAYOUT.fragments[fragment].size
-    sent = parcel(torch.ones(size), fragment=fragment, base=base)
-    return encode(sent, Address(run, LAYOUT.fragments[fragment]), WireTable(), "eu")[0]
+    """A contribution of ones."""
+    to, wire = LAYOUT.fragments[fragment], WireTable()
+    sections = encode_sections(codec_named(wire.upload_codec), to.chunks(), np.ones(to.size, np.float32))
+    anchor = Anchor(base, "0" * 32, 0, np.zeros(to.size, np.float32))
+    return pack(Parcel(fragment, anchor, sections, tokens=80, steps=5), Address(run, to), wire, "eu")
 
 
 @pytest.fixture
@@ -85,33 +74,3 @@ def test_what_was_sent_after_a_checkpoint_comes_up_again_by_fragment(outbox: Out
     assert replays.state() == {"next_number": 10, "pending": {"0": [8], "1": [7]}}
     replays.forget(1)
     assert replays.take(1) is None
-
-
-@pytest.mark.parametrize("codec", get_args(UploadCodec))
-def test_the_same_training_leaves_the_same_bits(codec: UploadCodec) -> None:
-    snapshot, residual = normal(), normal()
-    sent, wire = parcel(snapshot, residual), WireTable(upload=codec)
-    data, left = encode(sent, ADDRESSES[0], wire, "eu")
-    assert left is not None
-    assert torch.equal(left_of(sent, FRAGMENT, wire, data), left)
-
-
-@pytest.mark.parametrize(("keys", "kept"), [({}, 1.0), ({"upload": "topk2"}, 0.95), ({"feedback_decay": 0.5}, 0.5)])
-def test_what_was_not_sent_is_kept_by_its_decay(keys: dict[str, Any], kept: float) -> None:
-    """e ← βe + Δ − q: of a Δ of zero, β of what there was of it, less what is sent of that."""
-    residual = normal()
-    wire = WireTable(**keys)
-    data, left = encode(parcel(torch.zeros(200), residual), ADDRESSES[0], wire, "eu")
-    with open_container(data, FRAGMENT) as container:
-        assert left is not None
-        np.testing.assert_allclose(left.numpy() + container.decode(), kept * residual.numpy(), rtol=1e-6)
-
-
-def test_another_training_of_the_same_steps_leaves_what_is_not_in_the_body() -> None:
-    first, second = normal(), normal()
-    wire = WireTable(upload="int4")
-    data, _ = encode(parcel(first), ADDRESSES[0], wire, "eu")
-    with open_container(data, FRAGMENT) as container:
-        delivered = container.decode()
-    left = left_of(parcel(second), FRAGMENT, wire, data).numpy()
-    np.testing.assert_allclose(left + delivered, -second.numpy(), atol=1e-6)

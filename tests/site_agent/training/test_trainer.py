@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.config import InnerTable
+from shared.config import InnerTable, RunConfig, RunTable, TaskTable
 from shared.errors import ConfigError
 from shared.fragments import Layout, TensorSpec, build_layout
 from site_agent.training.trainer import Trainer, evaluate, load_flat
@@ -40,14 +40,18 @@ class Sum:
         return x * sum(p.sum() for p in model.parameters()), 7
 
 
+def run_of(**inner: Any) -> RunConfig:
+    return RunConfig(run=RunTable(name="r", tokens=10), task=TaskTable(use="sum"), inner=InnerTable(**inner))
+
+
 def layout_of(model: nn.Module, fragments: int = 2) -> Layout:
     return build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], fragments, "balanced")
 
 
 def trainer(throttle: float = 1.0, **inner: Any) -> Trainer:
     model = Scalars()
-    settings = InnerTable(**{"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, **inner})
-    return Trainer(Sum(), model, layout_of(model), settings, CPU, throttle)
+    settings = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, **inner}
+    return Trainer(Sum(), model, layout_of(model), run_of(**settings), CPU, throttle)
 
 
 def stream(*values: float) -> Iterator[Tensor]:
@@ -91,7 +95,7 @@ def test_what_was_read_does_not_move_with_the_weights() -> None:
 
 def test_a_model_in_half_precision_is_read_as_fp32() -> None:
     model = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
-    t = Trainer(Sum(), model, layout_of(model, 1), InnerTable(), CPU)
+    t = Trainer(Sum(), model, layout_of(model, 1), run_of(), CPU)
     flat = torch.tensor([1.5, -2.0, 0.25, 3.0])
     t.write(0, flat)
     assert t.read(0).dtype == torch.float32
@@ -101,11 +105,11 @@ def test_a_model_in_half_precision_is_read_as_fp32() -> None:
 def test_a_model_of_another_layout_is_refused_by_name() -> None:
     layout = layout_of(Scalars())
     with pytest.raises(ConfigError, match=r"lacks the run's tensor b"):
-        Trainer(Sum(), nn.Linear(2, 2, bias=False), layout, InnerTable(), CPU)
+        Trainer(Sum(), nn.Linear(2, 2, bias=False), layout, run_of(), CPU)
     other = Scalars()
     other.b = nn.Parameter(torch.zeros(4))
     with pytest.raises(ConfigError, match=r"tensor b is \[4\] in this task and \[3\] in the run"):
-        Trainer(Sum(), other, layout, InnerTable(), CPU)
+        Trainer(Sum(), other, layout, run_of(), CPU)
 
 
 # ---- an inner step
