@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shared.config import InnerTable
 from shared.fragments import F32, Layout, TensorSpec
 from shared.task import BatchStream
-from site_agent import checkpoint
+from site_agent.training.optimizer_state import pack_optimizer, restore_optimizer
 from site_agent.training.optimizers import build_optimizer
 
 
@@ -50,10 +50,9 @@ class Trainer:
         began = time.perf_counter()
         self.model.train()
         batch = _to_device(next(stream), self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         loss, tokens = self.task.loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         limit = self.inner.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.requires_grad], limit)
@@ -91,21 +90,21 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and inner optimizer as named tensors (copies), and what of them is not a tensor."""
-        tensors, plain = checkpoint.pack_optimizer(self.optimizer)
+        tensors, plain = pack_optimizer(self.optimizer)
         tensors |= {f"model.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
         return tensors, plain
 
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`; the state of another optimizer than the run's now is left, with a warning."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-        checkpoint.unpack_optimizer(self.optimizer, tensors, plain)
+        restore_optimizer(self.optimizer, tensors, plain)
 
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""
-        self.optimizer = build_optimizer(self.inner, self.model)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.reset()
+        self.optimizer.zero_grad()
         self.skipped_steps = 0
 
     def calibrate(self, stream: BatchStream, steps: int, seconds: float) -> float:
