@@ -98,7 +98,7 @@ class _Recorded(TrainedRun):
         sent = super().take(site, action)
         if site is self.sites[0]:
             body = self._bodies[site.name]
-            self.deltas.append(body.anchors[0].flat - body.trainer.snapshots[0].numpy())
+            self.deltas.append(body.anchors[0].flat - body.trainer.trainer.snapshots[0].numpy())
         return sent
 
 

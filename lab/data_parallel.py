@@ -61,9 +61,8 @@ def train(
     began = time.perf_counter()
     model.train()
     while done < tokens:
-        for group in optimizer.param_groups:
-            group["lr"] = inner.lr * lr_factor(inner.schedule, done, tokens, inner.warmup_tokens)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.set_lr(inner.lr * lr_factor(inner.schedule, done, tokens, inner.warmup_tokens))
+        optimizer.zero_grad()
         done += _accumulate(task, model, [next(stream) for stream in streams])
         nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm or float("inf"))
         optimizer.step()

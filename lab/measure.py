@@ -15,6 +15,7 @@ from shared.config import RunConfig
 from shared.fragments import TensorSpec, build_layout, digest_flat
 from shared.task import Shard, build_model, load_task
 from site_agent import checkpoint
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer
 
 CALIBRATION_STEPS, CALIBRATION_SECONDS = 20, 3.0
@@ -29,7 +30,7 @@ def training_speed(config: RunConfig, sites: int, threads: int) -> float:
         task = load_task(config.task.use, config.task.options())
         model = build_model(task, config.run.seed)
         layout = build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], 1, "balanced")
-        trainer = Trainer(task, model, layout, config, torch.device("cpu"))
+        trainer = Ensemble(Trainer(task, model, layout, config, torch.device("cpu")))
         stream = task.train_batches(Shard(0, 1), sites * config.inner.batch_size)
         _, tokens, _ = trainer.step(stream, config.inner.lr)
         return tokens / trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)

@@ -30,6 +30,7 @@ from shared.wire import open_container
 from site_agent.contribution import Address, Anchor, Parcel, pack
 from site_agent.core.alignment import How
 from site_agent.core.site import Settings, Snapshot
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.schedules import lr_factor
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
@@ -49,7 +50,7 @@ class Point:
 class _Body:
     """A site's tensors; see `site_agent.agent`."""
 
-    trainer: Trainer
+    trainer: Ensemble
     stream: Any
     anchors: list[Anchor] = field(default_factory=list)
     arrivals: dict[int, Anchor] = field(default_factory=dict)
@@ -81,7 +82,9 @@ class TrainedRun(VirtualRun):
     def _body(self, index: int, count: int) -> _Body:
         seed = self.config.run.seed
         trainer = Trainer(self._task, build_model(self._task, seed), self._layout, self.config, torch.device("cpu"))
-        return _Body(trainer, self._task.train_batches(Shard(index, count, seed), self.config.inner.batch_size))
+        return _Body(
+            Ensemble(trainer), self._task.train_batches(Shard(index, count, seed), self.config.inner.batch_size)
+        )
 
     def digests(self) -> list[tuple[int, str]]:
         """(version, digest) of each fragment's published weights."""

@@ -79,7 +79,7 @@ class TaskTable(BaseModel):
 
 
 class InnerTable(_Table):
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=1e6, description="a number above 0")
     steps: int = Field(50, ge=1, le=MOST, description="H, a whole number from 1")
     batch_size: int = Field(16, ge=1, le=MOST, description="sequences per inner step, a whole number from 1")

@@ -36,6 +36,7 @@ from site_agent.link import Link
 from site_agent.metrics import Metrics
 from site_agent.news import Event, Stop
 from site_agent.training.devices import choose_device, describe, set_threads
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.leased import LeasedStream
 from site_agent.training.trainer import Trainer
 from site_agent.transport import Credentials, Http, credentials
@@ -182,7 +183,7 @@ class Agent:
         device = choose_device(config.devices.device)
         self.task = task = task_of(config, run)
         model = build_model(task, run.run.seed)
-        trainer = Trainer(task, model, layout, run, device, config.devices.throttle)
+        trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
         log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))
         warm_up()
 
@@ -206,7 +207,7 @@ class Agent:
             )
             stream_of = lambda _: leased  # noqa: E731
         seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
-        evaluator = Evaluator(task, trainer, layout, run.inner.batch_size, self.courier, self._evaluations)
+        evaluator = Evaluator(task, trainer.trainer, layout, run.inner.batch_size, self.courier, self._evaluations)
         place = Place(config.path(config.site.state), config.site.checkpoint_seconds, self._saver)
         learner = self.learns(
             run,

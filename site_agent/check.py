@@ -24,6 +24,7 @@ from site_agent.agent import CALIBRATION_SECONDS, CALIBRATION_STEPS, credentials
 from site_agent.branch import check_config, check_place
 from site_agent.link import Link
 from site_agent.training.devices import choose_device, describe, set_threads
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer
 from site_agent.transport import Http
 
@@ -48,7 +49,8 @@ def check(config: SiteConfig) -> None:
     preview = asked[0].preview
     run, layout = received_run(preview.config), Layout.from_wire(interleave([each.preview.layout for each in asked]))
     task = task_of(config, run)
-    trainer = Trainer(task, build_model(task, run.run.seed), layout, run, device, config.devices.throttle)
+    model = build_model(task, run.run.seed)
+    trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
     stream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
     seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)

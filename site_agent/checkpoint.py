@@ -19,7 +19,6 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from shared.errors import ConfigError
 from shared.files import DISK, Disk
@@ -178,30 +177,6 @@ def unpack_core(state: Mapping[str, Any], settings: Settings, now: float) -> Sit
         due=list(state["due"]),
         furthest=state["furthest"],
     )
-
-
-def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as named tensors, and what is not a tensor as plain data."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            name = f"optimizer.{index}.{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value.detach().cpu().clone()
-            else:
-                plain[name] = value
-    return tensors, plain
-
-
-def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """The inverse of `pack_optimizer`; parameter groups stay as the run's config makes them."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in (*tensors.items(), *plain.items()):
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _manifest(path: Path) -> tuple[dict[str, Any], str]:

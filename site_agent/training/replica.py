@@ -42,9 +42,29 @@ class Part:
         return self.stop - self.start
 
 
+NOTHING = Part(0, 0, ())
+
+
 def whole(fragment: Fragment) -> Part:
     """All of a fragment."""
     return Part(0, fragment.size, tuple(fragment.chunks()))
+
+
+def parts_of(fragment: Fragment, ranks: int) -> list[Part]:
+    """The fragment dealt among ranks: to each a run of its chunks, as many elements as can be without cutting one."""
+    dealt: list[list[Chunk]] = [[] for _ in range(ranks)]
+    for chunk in fragment.chunks():
+        # A chunk is whose its middle is.
+        dealt[(chunk.start + chunk.stop) * ranks // (2 * fragment.size)].append(chunk)
+    return [_part(chunks) for chunks in dealt]
+
+
+def _part(chunks: Sequence[Chunk]) -> Part:
+    if not chunks:
+        return NOTHING
+    start = chunks[0].start
+    counted = tuple(Chunk(chunk.start - start, chunk.stop - start) for chunk in chunks)
+    return Part(start, chunks[-1].stop, counted)
 
 
 class Replica(ABC):

@@ -1,6 +1,8 @@
-"""The trainer: one model on one device, its inner optimizer and its data, and the fragments as flat vectors.
+"""The trainer: one rank of a site with its model (or its share of one), its inner optimizer and its device.
 
-The inner optimizer's state stays through every alignment (DiLoCo, arXiv 2311.08105).
+A step is some forward and backward passes here, the sum of their gradients over all ranks of the site, each pass
+weighed by its tokens, and an optimizer step that is the same everywhere: what a single process would do with the whole
+batch, to within the rounding of sums. The inner optimizer's state stays through every alignment (DiLoCo, 2311.08105).
 """
 
 from __future__ import annotations
@@ -8,22 +10,57 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shared.config import RunConfig
 from shared.fragments import F32, Layout, TensorSpec
-from shared.task import BatchStream
-from site_agent import checkpoint
+from shared.task import Batch
+from site_agent.training.batches import to_device
+from site_agent.training.forms import Computing, Form, Parallel, Replicated, Sharded, assign, whole
+from site_agent.training.gradients import clip
+from site_agent.training.optimizer_state import pack_optimizer, restore_optimizer
 from site_agent.training.optimizers import build_optimizer
-from site_agent.training.replica import Replica, whole
+from site_agent.training.replica import Part, Replica
+from site_agent.training.seats import SINGLE, Seat
+from site_agent.training.team import Team
+
+FIRST_SCALE, LARGEST_SCALE, GOOD_STEPS = 2.0**12, 2.0**24, 1000
+"""fp16's gradients are scaled (Micikevicius et al. 2018, arXiv 1710.03740): by half as much where they overflow, by
+twice as much after so many steps in which they have not. They are sums, so it begins below what is usual for means."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pass of this rank: a batch of so many sequences. Where it does not `weigh` it is another's."""
+
+    batch: Batch
+    sequences: int = 1
+    weighs: bool = True
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What became of a step of the whole site: the mean loss over its tokens, and the seconds that each device group
+    took for its passes."""
+
+    loss: float
+    tokens: int
+    seconds: tuple[float, ...]
 
 
 class Trainer(Replica):
-    """A model in training. `layout` must hold exactly the model's parameters (checked). Raises ConfigError."""
+    """A rank in training. `layout` must hold exactly the model's parameters (checked). Raises ConfigError.
+
+    All ranks of a team call the same methods in the same order; `read`, `write`, `step` and what uses them are
+    collective.
+    """
 
     def __init__(
         self,
@@ -33,93 +70,270 @@ class Trainer(Replica):
         run: RunConfig,
         device: torch.device,
         throttle: float = 1.0,
+        how: Computing = Computing(),  # noqa: B008 (it is frozen)
+        parallel: Parallel = "ddp",
+        seat: Seat = SINGLE,
     ) -> None:
         layout.check_model(TensorSpec(name, tuple(p.shape)) for name, p in model.named_parameters())
-        super().__init__([whole(fragment) for fragment in layout.fragments], run.wire, run.rounds)
+        super().__init__([seat.parts(fragment)[seat.team.rank] for fragment in layout.fragments], run.wire, run.rounds)
         self.task, self.layout, self.inner, self.device = task, layout, run.inner, device
-        self.model = model.to(device)
+        self.seat, self.team = seat, seat.team
+        self.form = _form(task, model, device, how, parallel, seat)
+        self.model = self.form.model
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self._trained = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer = build_optimizer(run.inner, self.model)
         self.skipped_steps = 0
+        self._scale = FIRST_SCALE if how.precision == "fp16" else 1.0
+        self._good = 0
         self._throttle = throttle
         self._compute: deque[float] = deque(maxlen=32)
+        self._aside: list[Tensor] = []
 
-    def step(self, stream: BatchStream, lr: float) -> tuple[float, int, float]:
-        """One inner step at learning rate `lr`: (loss, tokens, seconds). A step whose gradient is not finite is
-        skipped and counted: one bad batch must not poison weights that the whole run shares."""
+    # -- steps
+
+    def step(self, passes: Sequence[Work], lr: float, meanwhile: Callable[[], object] | None = None) -> Stepped:
+        """One inner step at learning rate `lr`. A step whose gradient is not finite is skipped and counted: one bad
+        batch must not poison weights that the whole run shares. `meanwhile` is done while a device computes."""
         began = time.perf_counter()
         self.model.train()
-        batch = _to_device(next(stream), self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss, tokens = self.task.loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = self.inner.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.requires_grad], limit)
-        if bool(torch.isfinite(norm)):
+        self.optimizer.set_lr(lr)
+        self.optimizer.zero_grad()
+        losses, counts = self._backward(passes)
+        if meanwhile is not None:
+            meanwhile()
+        sequences, exchange = sum(work.sequences for work in passes), self.seat.exchange
+        if exchange is not None:
+            # What others wait for is what a group takes for its passes, and nothing that it waits for itself.
+            self._synchronize()
+            self._slow_down(time.perf_counter() - began, sequences)
+        said = self.team.everyone(sum(counts), time.perf_counter() - began)
+        tokens = round(sum(count for count, _ in said))
+        factor = self.form.divisor / self._scale
+        if exchange is not None:
+            exchange.sum(self._trained, factor)
+            factor = 1.0
+        self._optimize(factor / max(1, tokens), any_tokens=tokens > 0)
+        total = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True))
+        total = sum(part for (part,) in self.team.everyone(total))
+        if exchange is None:
+            self._slow_down(time.perf_counter() - began, sequences)
+        took = (max(said[rank][1] for rank in group.ranks) for group in self.seat.groups)
+        return Stepped(total / max(1, tokens), tokens, tuple(took))
+
+    def _backward(self, passes: Sequence[Work]) -> tuple[list[Tensor], list[int]]:
+        losses, counts = [], []
+        for index, work in enumerate(passes):
+            batch, last = to_device(work.batch, self.device), index == len(passes) - 1
+            loss, tokens = self.form.backward(batch, weighs=work.weighs, last=last, scale=self._scale)
+            if work.weighs:
+                losses.append(loss)
+                counts.append(tokens)
+        return losses, counts
+
+    def _optimize(self, factor: float, *, any_tokens: bool) -> None:
+        group = self.seat.collective if self.form.sharded else None
+        norm_limit = self.inner.clip_norm or float("inf")
+        finite = any_tokens and clip(self._trained, norm_limit, factor, group)[1]
+        if finite:
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        value = float(loss.detach())
-        self._slow_down(time.perf_counter() - began)
-        return value, int(tokens), time.perf_counter() - began
+        if self.form.how.precision == "fp16":
+            self._rescale(finite=finite)
 
-    def _slow_down(self, seconds: float) -> None:
-        """Sleeps until a step has taken 1/throttle of its usual compute time. The median makes the emulated device
+    def _rescale(self, *, finite: bool) -> None:
+        """(All ranks of a group have seen the same gradient, so their scales stay the same.)"""
+        self._good = self._good + 1 if finite else 0
+        if not finite:
+            self._scale = max(1.0, self._scale / 2)
+        elif self._good % GOOD_STEPS == 0:
+            self._scale = min(LARGEST_SCALE, self._scale * 2)
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def _slow_down(self, seconds: float, sequences: int) -> None:
+        """Sleeps until what was done has taken 1/throttle of its usual time. The median makes the emulated device
         steady: a step that another process delayed is not made slower still."""
-        self._compute.append(seconds)
+        self._compute.append(seconds / sequences)
         if self._throttle < 1.0:
-            time.sleep(max(0.0, statistics.median(self._compute) / self._throttle - seconds))
+            time.sleep(max(0.0, sequences * statistics.median(self._compute) / self._throttle - seconds))
 
-    def seed(self, seed: int) -> None:
-        """Sets the random state of every device, which dropout draws from."""
-        torch.manual_seed(seed)
-
-    def read(self, fragment: int) -> Tensor:
-        """The fragment's weights now, as a new flat fp32 vector on the model's device."""
-        parts = [self.parameters[t.name].detach().reshape(-1) for t in self.layout.fragments[fragment].tensors]
-        return torch.cat([part.to(torch.float32) for part in parts])
-
-    def write(self, fragment: int, flat: Tensor) -> None:
-        """Sets the fragment's weights from a flat fp32 vector on any device."""
-        described = self.layout.fragments[fragment]
-        with torch.no_grad():
-            for tensor in described.tensors:
-                part = flat[slice(*described.offsets[tensor.name])]
-                self.parameters[tensor.name].copy_(part.view(tensor.shape))
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All of it as named tensors (on the CPU, and not written to any more), and what is not a tensor."""
-        tensors, plain = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= dict(self.kept())
-        tensors |= {f"model.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
-        return tensors, plain
-
-    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        checkpoint.unpack_optimizer(self.optimizer, tensors, plain)
-        self.keep(tensors)
+    def fits(self, batch: Batch) -> bool:
+        """Whether the device has memory for a pass over so much, by trying; it leaves no gradient."""
+        try:
+            loss, _ = self.task.loss(self.model, to_device(batch, self.device))
+            loss.backward()
+            self._synchronize()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad()
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+        return True
 
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""
-        self.optimizer = build_optimizer(self.inner, self.model)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.reset()
+        self.optimizer.zero_grad()
+        self._compute.clear()
         self.skipped_steps = 0
 
-    def calibrate(self, stream: BatchStream, steps: int, seconds: float) -> float:
-        """Median seconds of an inner step, from at most `steps` real ones and about `seconds`, after one that warms
-        up. The model's weights are moved by it; the caller writes them afterwards."""
-        self.step(stream, self.inner.lr)
-        self._compute.clear()
-        times: list[float] = []
-        while len(times) < steps and (not times or sum(times) < seconds):
-            times.append(self.step(stream, self.inner.lr)[2])
-        self.reset()
-        return statistics.median(times)
+    def seed(self, seed: int) -> None:
+        """Sets the random state of every device, which dropout draws from."""
+        torch.manual_seed(seed + self.team.rank)
+
+    # -- weights
+
+    def read(self, fragment: int) -> Tensor:
+        part, pieces = self.parts[fragment], []
+        if self.seat.first:
+            for name, (start, stop) in self.layout.fragments[fragment].offsets.items():
+                low, high = max(start, part.start), min(stop, part.stop)
+                if low < high or self.form.sharded:
+                    full = whole(self.parameters[name].detach())
+                    if low < high:
+                        pieces.append(full.reshape(-1)[low - start : high - start].to(torch.float32))
+        return torch.cat(pieces) if pieces else torch.empty(0, device=self.device)
+
+    def write(self, fragment: int, flat: Tensor) -> None:
+        described = self.layout.fragments[fragment]
+        owners = self.seat.parts(described)
+        for tensor in described.tensors:
+            start, stop = described.offsets[tensor.name]
+            full = flat[start:stop] if self.team.alone else self._assembled(start, stop, flat, owners)
+            assign(self.parameters[tensor.name], full.view(tensor.shape))
+
+    def _assembled(self, start: int, stop: int, flat: Tensor, owners: Sequence[Part]) -> Tensor:
+        """Elements `start` to `stop` of a fragment, all of them on this device. Each owner has those of its part."""
+        full, mine = torch.empty(stop - start, device=self.device), owners[self.team.rank].start
+        if self.seat.first:
+            for rank, part in enumerate(owners):
+                low, high = max(start, part.start), min(stop, part.stop)
+                if low >= high:
+                    continue
+                piece = full[low - start : high - start]
+                if rank == self.team.rank:
+                    piece.copy_(flat[low - mine : high - mine])
+                if self.seat.collective is not None:
+                    source = self.seat.groups[0].ranks.index(rank)
+                    dist.broadcast(piece, group=self.seat.collective, group_src=source)
+        return self.seat.exchange.send(full) if self.seat.exchange is not None else full
+
+    # -- checkpoints
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it as named tensors (on the CPU, and not written to any more), and what is not a tensor; at the head.
+        One tensor after the other comes there, whole."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        wanted = self.team.head
+        if self.seat.first:
+            for name, parameter in self.parameters.items():
+                full = whole(parameter.detach())
+                if wanted:
+                    tensors[f"model.{name}"] = full.to("cpu", copy=True)
+            of_optimizer, plain = pack_optimizer(self.optimizer, wanted)
+            tensors |= of_optimizer
+        for name, flat in self.kept():
+            if self.team.alone:
+                tensors[name] = flat
+            elif (pieces := self.team.collect(flat.numpy().tobytes())) is not None:
+                tensors[name] = torch.from_numpy(np.frombuffer(bytearray(b"".join(pieces)), np.float32))
+        return tensors, plain
+
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`, from what the head has; a tensor at a time goes to everyone. Where the optimizer was
+        another, it begins anew."""
+        if not self.team.alone:
+            tensors, plain = _shared(self.team, tensors, plain)
+        for name, parameter in self.parameters.items():
+            assign(parameter, tensors[f"model.{name}"])
+        kept = {}
+        for p, part in enumerate(self.parts):
+            for name in (f"snapshot.{p}", f"residual.{p}"):
+                if name in tensors:
+                    flat = tensors[name]
+                    kept[name] = flat if self.team.alone else flat[part.start : part.stop].clone()
+        self.keep(kept)
+        restore_optimizer(self.optimizer, tensors, plain)
+
+    # -- evaluation in place of the weights, where there is no room for another model
+
+    def set_aside(self) -> None:
+        """Keeps the weights on the host until `take_back`."""
+        self._aside = [_local(parameter).detach().to("cpu", copy=True) for parameter in self.parameters.values()]
+
+    def take_back(self) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters.values(), self._aside, strict=True):
+                _local(parameter).copy_(kept)
+        self._aside = []
+
+    def forward(self, passes: Sequence[Work]) -> tuple[float, int]:
+        """(Σ of loss times tokens, tokens) of passes without gradients, over all ranks."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for work in passes:
+            loss, count = self.form.forward(to_device(work.batch, self.device))
+            if work.weighs:
+                total, tokens = total + float(loss) * count, tokens + count
+        self.model.train()
+        self.form.settle()
+        said = self.team.everyone(total, tokens)
+        return sum(part for part, _ in said), round(sum(count for _, count in said))
+
+
+def _form(task: Any, model: nn.Module, device: torch.device, how: Computing, parallel: Parallel, seat: Seat) -> Form:
+    if seat.collective is None:
+        return Form(task, model, device, how)
+    form = Sharded if parallel == "fsdp" else Replicated
+    return form(task, model, device, how, seat.collective)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local
+
+
+def _shared(
+    team: Team, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """What the head has, at everyone."""
+    if team.head:
+        told: Mapping[str, Any] = {"shapes": {name: _shape(tensor) for name, tensor in tensors.items()}, "plain": plain}
+        team.tell(told)
+    else:
+        told = team.hear()
+    return _Shared(team, told["shapes"], tensors), told["plain"]
+
+
+def _shape(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+class _Shared(Mapping[str, Tensor]):
+    """The head's tensors by name. Asking for one brings it to all ranks, which ask for the same in the same order."""
+
+    def __init__(self, team: Team, shapes: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+        self._team, self._shapes, self._held = team, shapes, held
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape = self._shapes[name]
+        mine = self._held[name].contiguous() if self._team.head else torch.empty(shape, dtype=getattr(torch, dtype))
+        return self._team.share(mine)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
 
 
 def evaluate(task: Any, model: nn.Module, batches: Iterable[Any], device: torch.device) -> float | None:
@@ -129,7 +343,7 @@ def evaluate(task: Any, model: nn.Module, batches: Iterable[Any], device: torch.
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            loss, tokens = task.loss(model, _to_device(batch, device))
+            loss, tokens = task.loss(model, to_device(batch, device))
             total += float(loss) * int(tokens)
             count += int(tokens)
     model.train(was_training)
@@ -144,14 +358,3 @@ def load_flat(model: nn.Module, layout: Layout, flats: Iterable[F32]) -> None:
         for fragment, flat in zip(layout.fragments, flats, strict=True):
             for name, array in fragment.unflatten(flat).items():
                 parameters[name].copy_(torch.from_numpy(array))
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors of a batch on the device; whatever else it holds is the task's own."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch

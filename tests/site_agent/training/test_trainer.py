@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shared.config import InnerTable, RunConfig, RunTable, TaskTable
 from shared.errors import ConfigError
 from shared.fragments import Layout, TensorSpec, build_layout
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ class Sum:
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         self.modes.append(model.training)
         x = batch["x"][0] if isinstance(batch, dict) else batch
-        return x * sum(p.sum() for p in model.parameters()), 7
+        return x * sum(p.sum() for p in model.parameters()), 8
 
 
 def run_of(**inner: Any) -> RunConfig:
@@ -48,18 +49,18 @@ def layout_of(model: nn.Module, fragments: int = 2) -> Layout:
     return build_layout([TensorSpec(n, tuple(p.shape)) for n, p in model.named_parameters()], fragments, "balanced")
 
 
-def trainer(throttle: float = 1.0, **inner: Any) -> Trainer:
+def trainer(throttle: float = 1.0, **inner: Any) -> Ensemble:
     model = Scalars()
     settings = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, **inner}
-    return Trainer(Sum(), model, layout_of(model), run_of(**settings), CPU, throttle)
+    return Ensemble(Trainer(Sum(), model, layout_of(model), run_of(**settings), CPU, throttle))
 
 
 def stream(*values: float) -> Iterator[Tensor]:
     return itertools.cycle([torch.tensor(value) for value in values])
 
 
-def weights(t: Trainer) -> dict[str, Any]:
-    return {name: p.detach().tolist() for name, p in t.parameters.items()}
+def weights(t: Ensemble) -> dict[str, Any]:
+    return {name: p.detach().tolist() for name, p in t.trainer.parameters.items()}
 
 
 # ---- fragments as flat vectors
@@ -67,39 +68,42 @@ def weights(t: Trainer) -> dict[str, Any]:
 
 def test_a_fragment_reads_as_one_flat_vector_in_the_order_of_names() -> None:
     t = trainer()
-    assert [[tensor.name for tensor in fragment.tensors] for fragment in t.layout.fragments] == [["w"], ["b", "s"]]
-    assert t.read(0).tolist() == [1, 2, 3, 4]
-    assert t.read(1).tolist() == [5, 6, 7, 8]
-    assert t.read(1).dtype == torch.float32
+    assert [[tensor.name for tensor in fragment.tensors] for fragment in t.trainer.layout.fragments] == [
+        ["w"],
+        ["b", "s"],
+    ]
+    assert t.trainer.read(0).tolist() == [1, 2, 3, 4]
+    assert t.trainer.read(1).tolist() == [5, 6, 7, 8]
+    assert t.trainer.read(1).dtype == torch.float32
 
 
 def test_what_is_written_is_read_back_bit_for_bit() -> None:
     t = trainer()
     flat = np.array([0.1, -0.0, 1e-45, -3e38], np.float32)
-    t.write(1, torch.from_numpy(flat))
-    assert t.read(1).numpy().tobytes() == flat.tobytes()
-    assert t.read(0).tolist() == [1, 2, 3, 4]
+    t.trainer.write(1, torch.from_numpy(flat))
+    assert t.trainer.read(1).numpy().tobytes() == flat.tobytes()
+    assert t.trainer.read(0).tolist() == [1, 2, 3, 4]
     assert weights(t)["s"] == float(np.float32(-3e38))
 
 
 def test_what_was_read_does_not_move_with_the_weights() -> None:
     t = trainer()
-    before = t.read(0)
+    before = t.trainer.read(0)
     t.step(stream(1.0), 0.5)
     assert before.tolist() == [1, 2, 3, 4]
     flat = torch.zeros(4)
-    t.write(0, flat)
+    t.trainer.write(0, flat)
     flat += 1
-    assert t.read(0).tolist() == [0, 0, 0, 0]
+    assert t.trainer.read(0).tolist() == [0, 0, 0, 0]
 
 
 def test_a_model_in_half_precision_is_read_as_fp32() -> None:
     model = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
-    t = Trainer(Sum(), model, layout_of(model, 1), run_of(), CPU)
+    t = Ensemble(Trainer(Sum(), model, layout_of(model, 1), run_of(), CPU))
     flat = torch.tensor([1.5, -2.0, 0.25, 3.0])
-    t.write(0, flat)
-    assert t.read(0).dtype == torch.float32
-    assert t.read(0).tolist() == flat.tolist()
+    t.trainer.write(0, flat)
+    assert t.trainer.read(0).dtype == torch.float32
+    assert t.trainer.read(0).tolist() == flat.tolist()
 
 
 def test_a_model_of_another_layout_is_refused_by_name() -> None:
@@ -119,7 +123,7 @@ def test_an_sgd_step_is_the_one_on_paper() -> None:
     t = trainer()
     loss, tokens, seconds = t.step(stream(2.0), 0.25)
     assert loss == 2.0 * 36
-    assert tokens == 7
+    assert tokens == 8
     assert seconds >= 0
     assert weights(t) == {"w": [[0.5, 1.5], [2.5, 3.5]], "b": [4.5, 5.5, 6.5], "s": 7.5}
     t.step(stream(-4.0), 0.125)
@@ -150,13 +154,13 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad: float, clip_n
     batches = stream(bad, bad, 0.5)
     for _ in range(2):
         _, tokens, _ = t.step(batches, 0.5)
-        assert tokens == 7
+        assert tokens == 8
     assert t.skipped_steps == 2
     assert weights(t) == before
     t.step(batches, 0.5)
     assert t.skipped_steps == 2
     assert weights(t) != before
-    assert all(torch.isfinite(t.read(p)).all() for p in range(2))
+    assert all(torch.isfinite(t.trainer.read(p)).all() for p in range(2))
 
 
 def test_gradients_do_not_add_up_over_steps() -> None:
@@ -177,9 +181,9 @@ def test_batches_of_any_form_reach_the_task() -> None:
 
 def test_training_runs_in_training_mode() -> None:
     t = trainer()
-    t.model.eval()
+    t.trainer.model.eval()
     t.step(stream(1.0), 0.5)
-    assert t.task.modes == [True]
+    assert t.trainer.task.modes == [True]
 
 
 def test_a_throttled_site_sleeps_until_its_share_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +192,9 @@ def test_a_throttled_site_sleeps_until_its_share_is_met(monkeypatch: pytest.Monk
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     trainer(throttle=0.25).step(stream(1.0), 0.5)
-    assert slept == [3.0]  # a step of 1 s at a quarter of the speed takes 4 s
+    assert slept == [6.0]  # a step of 2 s at a quarter of the speed takes 8 s
     trainer().step(stream(1.0), 0.5)
-    assert slept == [3.0]
+    assert slept == [6.0]
 
 
 # ---- calibration
@@ -200,13 +204,13 @@ def test_calibration_leaves_a_fresh_optimizer(monkeypatch: pytest.MonkeyPatch) -
     t = trainer(optimizer="adamw")
     batches = stream(1.0, float("nan"))
     assert t.calibrate(batches, 4, 1e9) >= 0
-    assert len(t.optimizer.state) == 0
+    assert list(t.trainer.optimizer.state()) == []
     assert t.skipped_steps == 0
-    assert all(p.grad is None for p in t.parameters.values())
+    assert all(p.grad is None for p in t.trainer.parameters.values())
     # the first step after it is the first step of a new trainer
     fresh = trainer(optimizer="adamw")
     for p in range(2):
-        t.write(p, fresh.read(p))
+        t.trainer.write(p, fresh.trainer.read(p))
     t.step(stream(0.5), 0.1)
     fresh.step(stream(0.5), 0.1)
     assert weights(t) == weights(fresh)
@@ -216,18 +220,18 @@ def test_calibration_takes_the_steps_it_is_given_and_one_to_warm_up(monkeypatch:
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     t = trainer()
-    assert t.calibrate(stream(1.0), 3, 1e9) == 2.0  # three readings of the clock a step: two ticks from first to last
-    assert len(t.task.modes) == 4
+    assert t.calibrate(stream(1.0), 3, 1e9) == 4.0  # five readings of the clock a step: four ticks from first to last
+    assert len(t.trainer.task.modes) == 4
 
 
 def test_calibration_ends_when_its_time_is_over_after_one_step_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     t = trainer()
-    t.calibrate(stream(1.0), 100, 5.0)
-    assert len(t.task.modes) == 1 + 3  # 2 + 2 + 2 ≥ 5
+    t.calibrate(stream(1.0), 100, 10.0)
+    assert len(t.trainer.task.modes) == 1 + 3  # 4 + 4 + 4 ≥ 10
     t.calibrate(stream(1.0), 100, 0.0)
-    assert len(t.task.modes) == 4 + 2
+    assert len(t.trainer.task.modes) == 4 + 2
 
 
 # ---- evaluation of published weights

@@ -1,0 +1,93 @@
+"""A site's device groups, and what to do with several: average their gradients in each step, or train one model each.
+
+Averaged, they are one learner of the run: each step waits for the slowest group and for the exchange of gradients
+through the host. Apart, each is a learner of its own, which waits for nobody; but a run of more learners comes to a
+higher loss for the same tokens (+0.2% to +0.7% from one learner to two, arXiv 2503.09799).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from site_agent.core.shares import deal, seconds
+
+Mode = Literal["average", "learners"]
+WORTH_WAITING = 0.85
+"""Averaging serves better while it keeps this share of the groups' speeds. Loss falls with about the twentieth power of
+tokens, so 15% fewer are +0.8%: what one more learner costs, at most."""
+SLUG = 32
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a process says of itself: the host that it is on, its device's make and name, bytes of memory that are
+    free, and what it is to compute in."""
+
+    host: str
+    make: str
+    device: str
+    free: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks with equal devices, in order."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+def groups_of(ranks: Sequence[Rank], named: Sequence[str] = ()) -> list[Group]:
+    """Ranks whose devices have the same make and name, in the order of their first ranks. `named`: a name for each
+    rank from its own config, where it has one; it sets a group apart."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for rank, one in enumerate(ranks):
+        name = named[rank] if named and named[rank] else ""
+        kinds.setdefault((name, "" if name else f"{one.make} {one.device}"), []).append(rank)
+    groups, taken = [], set[str]()
+    for (name, device), members in kinds.items():
+        slug = name or slug_of(device)
+        while slug in taken:
+            slug = f"{slug[: SLUG - 2]}-2" if not slug[-1].isdigit() else f"{slug[:-1]}{int(slug[-1]) + 1}"
+        taken.add(slug)
+        groups.append(Group(slug, tuple(members)))
+    return groups
+
+
+def slug_of(device: str) -> str:
+    """A device's name as part of a participant's: letters a-z, digits and dashes."""
+    words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return words[:SLUG].strip("-") or "device"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which of the two serves better, and what speaks for it. Speeds are sequences per second: `together` with
+    averaging, `apart` the sum of the groups'."""
+
+    mode: Mode
+    together: float
+    apart: float
+    why: str
+
+
+def judge(batch: int, groups: Sequence[Group], speeds: Sequence[float], exchange_seconds: float) -> Verdict:
+    """Whether groups of these speeds (sequences per second) had better average their gradients, which takes
+    `exchange_seconds` a step, or be learners of their own."""
+    shares = deal(batch, speeds)
+    step = seconds(shares, speeds) + exchange_seconds
+    together, apart = batch / step, sum(speeds)
+    share = together / apart
+    idle = [group.name for group, part in zip(groups, shares, strict=True) if not part]
+    loss = "one more learner costs up to 0.7% of the loss, as 15% fewer tokens would"
+    if idle:
+        why = f"a batch of {batch} sequences leaves nothing for {', '.join(idle)}"
+        return Verdict("learners", together, apart, why)
+    waits = (
+        f"averaged they keep {share:.0%} of their speed, with {exchange_seconds:.3g} s of {step:.3g} s for the exchange"
+    )
+    return Verdict("average" if share >= WORTH_WAITING else "learners", together, apart, f"{waits}; {loss}")

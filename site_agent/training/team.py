@@ -1,0 +1,187 @@
+"""The processes that train one model at a site, and how they talk.
+
+One of them, rank 0, is the *head*: it has the run, the data and all state, and tells the others what to do next; the
+others have devices. What they say to each other goes through Gloo on the host, whatever the devices are: orders and
+batches are small, and a make of accelerator cannot talk to another make. Gradients of equal devices go through their
+own collective library (`site_agent.training.forms`).
+
+Messages are msgpack and raw bytes: nothing is unpickled here either. Who waits for a rank that has died is told so by
+its connection, and raises FaultError: the launcher then ends all of them and starts them again from the last local
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared.errors import FaultError
+from shared.fragments import F32
+
+Order = dict[str, Any]
+
+
+class Team:
+    """This process's place among those that train one model: `rank` of `size`. `group` is theirs, of Gloo; None where
+    it is alone. Methods are collective: all call the same one, in the same order. Each raises FaultError where a rank
+    is lost."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+
+    @property
+    def alone(self) -> bool:
+        return self.group is None
+
+    @property
+    def head(self) -> bool:
+        return self.rank == 0
+
+    # -- from the head to the others
+
+    def tell(self, order: Mapping[str, Any]) -> None:
+        """The head: says what is to be done. Others `hear`."""
+        if not self.alone:
+            self._broadcast(np.frombuffer(msgpack.packb(dict(order)), np.uint8))
+
+    def hear(self) -> Order:
+        """Waits for the head's next order."""
+        order: Order = msgpack.unpackb(self._broadcast(None).tobytes(), strict_map_key=False)
+        return order
+
+    def _broadcast(self, data: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+        size = torch.tensor([0 if data is None else len(data)])
+        with self._together():
+            dist.broadcast(size, group=self.group, group_src=0)
+            body = torch.empty(int(size), dtype=torch.uint8) if data is None else torch.from_numpy(data.copy())
+            dist.broadcast(body, group=self.group, group_src=0)
+        array: np.ndarray[Any, Any] = body.numpy()
+        return array
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """The head's tensor at everyone (others give one of its shape and dtype, which is filled)."""
+        if not self.alone:
+            with self._together():
+                dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
+    def give(self, parts: Sequence[bytes] | None) -> bytes:
+        """To each rank its part of what the head has (None at the others)."""
+        if self.alone:
+            return parts[0] if parts else b""
+        with self._together():
+            if parts is None:
+                return bytes(self._receive(0))
+            for rank in range(1, self.size):
+                self._send(np.frombuffer(parts[rank], np.uint8), rank)
+            return parts[0]
+
+    def deal(self, whole: F32 | None, bounds: Sequence[tuple[int, int]]) -> F32:
+        """To each rank its elements of the head's vector (None at the others), fp32 on the CPU."""
+        if whole is None:
+            start, stop = bounds[self.rank]
+            if start == stop:
+                return np.empty(0, np.float32)
+            with self._together():
+                return self._receive(0).view(np.float32)
+        with self._together():
+            for rank in range(1, self.size):
+                start, stop = bounds[rank]
+                if stop > start:
+                    self._send(whole[start:stop].view(np.uint8), rank)
+        start, stop = bounds[0]
+        return whole[start:stop]
+
+    # -- from the others to the head
+
+    def collect(self, part: bytes) -> list[bytes] | None:
+        """What every rank has, at the head, in the order of the ranks; None at the others."""
+        if self.alone:
+            return [part]
+        with self._together():
+            if not self.head:
+                self._send(np.frombuffer(part, np.uint8), 0)
+                return None
+            return [part, *(bytes(self._receive(rank)) for rank in range(1, self.size))]
+
+    # -- everyone
+
+    def everyone(self, *values: float) -> list[list[float]]:
+        """What every rank says, at everyone."""
+        if self.alone:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._together():
+            dist.all_gather(theirs, mine, group=self.group)
+        return [each.tolist() for each in theirs]
+
+    def tell_all(self, said: Mapping[str, Any]) -> list[Order]:
+        """What every rank says, at everyone; for what is said once."""
+        parts = self.collect(msgpack.packb(dict(said)))
+        if self.alone or parts is not None:
+            together = msgpack.packb(parts)
+            if not self.alone:
+                self._broadcast(np.frombuffer(together, np.uint8))
+        else:
+            together = self._broadcast(None).tobytes()
+        return [msgpack.unpackb(part, strict_map_key=False) for part in msgpack.unpackb(together)]
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Does `work`, and raises what it raises; where it fails at another rank, at everyone, as the same error."""
+        error: BaseException | None = None
+        done: Any = None
+        try:
+            done = work()
+        except Exception as failed:
+            error = failed
+        told = self.tell_all({"error": None if error is None else [type(error).__name__, str(error)]})
+        if error is not None:
+            raise error
+        for rank, each in enumerate(told):
+            if each["error"] is not None:
+                raise _error(*each["error"], rank)
+        return done
+
+    def _send(self, data: np.ndarray[Any, Any], rank: int) -> None:
+        dist.send(torch.tensor([len(data)]), group=self.group, group_dst=rank)
+        if len(data):
+            # (Sending only reads; a view of what may not be written is no tensor.)
+            dist.send(torch.from_numpy(data if data.flags.writeable else data.copy()), group=self.group, group_dst=rank)
+
+    def _receive(self, rank: int) -> np.ndarray[Any, Any]:
+        size = torch.tensor([0])
+        dist.recv(size, group=self.group, group_src=rank)
+        body = torch.empty(int(size), dtype=torch.uint8)
+        if int(size):
+            dist.recv(body, group=self.group, group_src=rank)
+        array: np.ndarray[Any, Any] = body.numpy()
+        return array
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            raise FaultError(f"a process of this site is lost: {str(error).splitlines()[0]}") from None
+
+
+ALONE = Team()
+
+
+def _error(kind: str, text: str, rank: int) -> Exception:
+    import shared.errors
+
+    known = getattr(shared.errors, kind, None)
+    text = f"rank {rank}: {text}"
+    return (
+        known(text) if kind in ("ConfigError", "FaultError") and known is not None else FaultError(f"{text} ({kind})")
+    )
