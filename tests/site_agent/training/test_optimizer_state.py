@@ -89,7 +89,7 @@ def test_state_is_given_out_tensor_by_tensor() -> None:
     entries = optimizer.state()
     first = next(entries)
     first[2].zero_()
-    assert float(dict((n + k, v) for n, k, v in entries)["0.weightstep"]) == 3
+    assert float({n + k: v for n, k, v in entries}["0.weightstep"]) == 3
     assert [value for _, _, value in optimizer.state(wanted=False)] == [None] * 18
     assert pack_optimizer(optimizer, wanted=False)[0] == {}
 
