@@ -31,16 +31,15 @@ def clip(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0, True
-    cut = [gradient.to_local() for gradient in gradients if _is_cut(gradient)]
+    cut = [_local(gradient) for gradient in gradients if _is_cut(gradient)]
     whole = [_local(gradient) for gradient in gradients if not _is_cut(gradient)]
     if cut and group is None:
         raise ValueError("gradients are sharded, and no group was named among which")
     with torch.no_grad():
-        squares = _squares(cut) if cut else None
-        if squares is not None:
+        squares = _squares(cut, gradients[0].device)
+        if cut:
             dist.all_reduce(squares, group=group)
-        if whole:
-            squares = _squares(whole) if squares is None else squares + _squares(whole)
+        squares += _squares(whole, gradients[0].device)
         norm = float((squares.sqrt() * scale).to(torch.float32))
         finite = math.isfinite(norm)
         factor = scale * min(1.0, limit / (norm + 1e-6)) if finite else 1.0
@@ -49,10 +48,12 @@ def clip(
     return norm, finite
 
 
-def _squares(tensors: list[Tensor]) -> Tensor:
-    """Σ of all squares, a scalar on the tensors' device."""
-    pieces = [piece for tensor in tensors for piece in tensor.reshape(-1).split(PIECE)]
-    exact = torch.float64 if _has_fp64(tensors[0].device) else torch.float32
+def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Σ of all squares, a scalar on `device`."""
+    exact = torch.float64 if _has_fp64(device) else torch.float32
+    pieces = [piece for tensor in tensors if tensor.numel() for piece in torch.split(tensor.reshape(-1), PIECE)]
+    if not pieces:
+        return torch.zeros((), dtype=exact, device=device)
     return torch.stack(torch._foreach_norm(pieces, 2, dtype=exact)).square().sum()
 
 

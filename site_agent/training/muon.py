@@ -50,9 +50,8 @@ class Muon(Optimizer):
                         self._apply(group, parameter, _alone(parameter, self._momentum(group, parameter)))
                 else:
                     self._deal(group, list(alike), *dealt)
-        return
 
-    def _momentum(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+    def _momentum(self, group: dict[str, Any], parameter: Any) -> Tensor:
         """Nesterov's, of this rank's part of the matrix."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -128,7 +127,7 @@ def _exchanged(batch: list[Tensor], rows: list[Tensor], mesh: DeviceMesh, dim: i
         whole = orthogonal(whole.view(mine)).reshape(-1)
     back = rows[0].new_empty(sum(given))
     dist.all_to_all_single(back, whole, given, taken, group)
-    for part, flat in zip(rows, back.split(given), strict=False):
+    for part, flat in zip(rows, torch.split(back, given), strict=False):
         yield flat.view(part.shape)
 
 

@@ -7,7 +7,7 @@ the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from shared.config import InnerTable
 from shared.errors import ConfigError
 from site_agent.training.muon import Muon
 
+Rule = Callable[..., Optimizer]
 BETAS = (0.9, 0.95)
 """AdamW's βs as is usual for language models."""
 
@@ -137,9 +138,9 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     return set(matrices) - heads
 
 
-def _build(rule: type[Optimizer], inner: InnerTable, named: dict[str, nn.Parameter], **options: Any) -> Optimizer:
+def _build(rule: Rule, inner: InnerTable, named: dict[str, nn.Parameter], **options: Any) -> Optimizer:
     like = next(iter(named.values()), torch.empty(0))
-    return rule(_groups(inner, named), lr=inner.lr, **options, **kernel(rule, like))  # type: ignore[call-arg]
+    return rule(_groups(inner, named), lr=inner.lr, **options, **kernel(rule, like))
 
 
 def _groups(inner: InnerTable, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -153,7 +154,7 @@ def _groups(inner: InnerTable, named: dict[str, nn.Parameter]) -> list[dict[str,
     ]
 
 
-def kernel(rule: type[Optimizer], like: Tensor) -> dict[str, bool]:
+def kernel(rule: Rule, like: Tensor) -> dict[str, bool]:
     """Options of `rule` for its fastest implementation on parameters like this one.
 
     On the CPU not fused AdamW, which rounds the last few elements of a tensor otherwise than those before them: ranks
@@ -166,9 +167,7 @@ def kernel(rule: type[Optimizer], like: Tensor) -> dict[str, bool]:
 
 
 @cache
-def fastest(
-    rule: type[Optimizer], device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None
-) -> dict[str, bool]:
+def fastest(rule: Rule, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None) -> dict[str, bool]:
     """Fused, else foreach, else plain: found by trying, because what torch can do where differs by version."""
     for choice in ({"fused": True}, {"foreach": True}):
         one = torch.zeros(1, device=device, dtype=dtype)
@@ -177,7 +176,7 @@ def fastest(
         parameter = nn.Parameter(one)
         parameter.grad = one.detach().clone()
         try:
-            rule([parameter], lr=0.0, **choice).step()  # type: ignore[call-arg]
+            rule([parameter], lr=0.0, **choice).step()
         except RuntimeError:
             continue
         return choice

@@ -73,7 +73,7 @@ def test_a_model_of_one_kind_of_parameter_has_one_group() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("width", [64, 96, 256])
 def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(tied: bool, width: int) -> None:
-    """Also of a network with matrices as long as its vocabulary of 256: the MLP of width 96, everything of width 256."""
+    """Also of networks with matrices as long as the vocabulary of 256: the MLP of width 96, everything of width 256."""
     net = byte_lm(width=width, tie_embeddings=tied)
     assert hidden_matrices(net) == inside(net)
     muon, adamw = build_optimizer(InnerTable(optimizer="muon", lr=0.5, weight_decay=0.25), net).optimizers

@@ -27,8 +27,8 @@ STEPS = 6
 
 
 class Net(nn.Module):
-    """Matrices tall, wide, square, of rows that two ranks cannot share evenly, and of fewer rows than ranks; a parameter
-    of all kinds that is not for Muon."""
+    """Matrices tall, wide, square, of rows that two ranks cannot share evenly, and of fewer rows than ranks; and one of
+    each kind of parameter that is not for Muon."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -197,6 +197,28 @@ def test_a_throttled_site_sleeps_until_its_share_is_met(monkeypatch: pytest.Monk
     assert slept == [6.0]
 
 
+# ---- state
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_trainer_goes_on_from_its_state_as_if_nothing_had_been(optimizer: str) -> None:
+    t, restored = trainer(optimizer=optimizer), trainer(optimizer=optimizer)
+    t.step(stream(2.0), 0.25)
+    restored.load_state(*t.state())
+    for each in (t, restored):
+        each.step(stream(-1.0), 0.25)
+    assert weights(t) == weights(restored)
+
+
+def test_weights_are_kept_where_the_optimizer_has_been_changed(caplog: pytest.LogCaptureFixture) -> None:
+    t, restored = trainer(optimizer="adamw"), trainer(optimizer="muon")
+    t.step(stream(2.0), 0.25)
+    restored.load_state(*t.state())
+    assert weights(t) == weights(restored)
+    assert list(restored.optimizer.state()) == []
+    assert "w was trained by AdamW, and is by Muon" in caplog.text
+
+
 # ---- calibration
 
 
