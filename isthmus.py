@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -34,6 +35,9 @@ def _options(
 
 def main() -> None:
     """Runs the command line."""
+    # torch would load every maker's package with itself, and fail with the first that is broken: a coordinator needs
+    # none of them, and a site loads them one by one (site_agent.training.makes).
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     app(prog_name="isthmus")
 
 

@@ -1,46 +1,23 @@
-"""Which device a site trains on, found through the accelerator-neutral API of torch."""
+"""The device of a process that trains alone, and what is set for it. What devices there are: `makes`."""
 
 from __future__ import annotations
 
-import platform
-
 import torch
 
-from shared.errors import ConfigError
+from site_agent.training.makes import devices_of, make_of
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device named in `[devices]`; empty: the first accelerator, else the CPU. Raises ConfigError."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if not wanted:
-        return torch.device(accelerator.type, 0) if accelerator else torch.device("cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(f'[devices] device: "{wanted}" is no device; "cpu" or {_found()} would do') from None
-    if device.type == "cpu":
-        return device
-    present = accelerator is not None and device.type == accelerator.type
-    if not present or (device.index or 0) >= torch.accelerator.device_count():
-        raise ConfigError(f'[devices] device: "{wanted}" is not on this machine; "cpu" or {_found()} would do')
-    return device
+    """The first of the devices that `[devices] device` means. Raises ConfigError."""
+    return devices_of(wanted)[0]
 
 
 def describe(device: torch.device) -> str:
     """The device's make and model, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+    return make_of(device).title(device)
 
 
 def set_threads(threads: int) -> None:
     """CPU threads for torch; 0 leaves its own choice."""
     if threads:
         torch.set_num_threads(threads)
-
-
-def _found() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return "an accelerator (none was found)"
-    return ", ".join(f'"{accelerator.type}:{i}"' for i in range(torch.accelerator.device_count()))

@@ -1,4 +1,4 @@
-"""How much memory there is: the machine's, or less by the control groups that the process is in."""
+"""How much memory there is, and is left: the machine's, or less by the control groups that the process is in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.machine import memory_bytes
+from shared.memory import available_bytes, memory_bytes
 
 WHOLE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 UNLIMITED = 9223372036854771712
@@ -73,10 +73,44 @@ def test_a_container_whose_path_is_the_machines_finds_its_limit_at_the_root(tmp_
     "groups",
     ["", "\n", "nonsense", "0::", "0::/../../x", "4:memory:/a:b/../..", "0::/\0x", "0::/" + "x/" * 3000, "\udcff"],
 )
-def test_nothing_that_is_not_understood_keeps_a_coordinator_from_starting(tmp_path: Path, groups: str) -> None:
+def test_nothing_that_is_not_understood_keeps_a_program_from_starting(tmp_path: Path, groups: str) -> None:
     (tmp_path / "self").write_bytes(groups.encode(errors="surrogateescape"))
     assert found(tmp_path, None, **{V2: "many", f"memory/{V1}": -1}) == WHOLE
     for directory in ("x", "a/b"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "x" / V2).write_text("1")
     assert memory_bytes(tmp_path / "self", tmp_path / "a" / "b") == WHOLE, "it does not look outside"
+
+
+def left(tmp_path: Path, groups: str, machine: str, **files: object) -> int:
+    (tmp_path / "meminfo").write_text(machine)
+    found(tmp_path, groups, **files)
+    return available_bytes(tmp_path / "self", tmp_path / "cgroup", tmp_path / "meminfo")
+
+
+def test_what_is_available_is_the_machines_where_no_group_is_tighter(tmp_path: Path) -> None:
+    machine = "MemTotal:       64 kB\nMemFree:        1 kB\nMemAvailable:   16 kB\n"
+    assert left(tmp_path, "0::/a\n", machine) == 16 * 1024
+    assert left(tmp_path, "0::/a\n", machine, **{"a/memory.max": 1 << 20, "a/memory.current": 1 << 10}) == 16 * 1024
+    assert left(tmp_path, "0::/a\n", machine, **{"a/memory.max": "max"}) == 16 * 1024
+    assert 0 < available_bytes() <= WHOLE, "of this one"
+
+
+def test_the_tightest_group_says_what_is_left_and_its_idle_cache_counts_as_free(tmp_path: Path) -> None:
+    machine = "MemAvailable:   16 kB\n"
+    own = {"a/b/memory.max": 900, "a/b/memory.current": 500}
+    around = {"a/memory.max": 1000, "a/memory.current": 950, "a/memory.stat": "anon 700\ninactive_file 200\n"}
+    assert left(tmp_path, "0::/a/b\n", machine, **own) == 400
+    assert left(tmp_path, "0::/a/b\n", machine, **own, **around) == 250
+    assert left(tmp_path, "0::/a/b\n", machine, **{"a/b/memory.current": 1000}) == 0, "never less than nothing"
+
+
+def test_what_is_available_in_version_1(tmp_path: Path) -> None:
+    files = {f"memory/x/{V1}": 1000, "memory/x/memory.usage_in_bytes": 600}
+    files["memory/x/memory.stat"] = "inactive_file 1\ntotal_inactive_file 50\n"
+    assert left(tmp_path, "4:memory:/x\n", "MemAvailable: 16 kB\n", **files) == 450
+
+
+@pytest.mark.parametrize("machine", ["", "MemAvailable:\n", "MemAvailable: many kB\n", "MemAvailable: -1 kB\n"])
+def test_a_machine_that_does_not_say_what_is_available_is_taken_whole(tmp_path: Path, machine: str) -> None:
+    assert left(tmp_path, "0::/\n", machine) == WHOLE
