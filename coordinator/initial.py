@@ -23,7 +23,7 @@ from shared.codecs.kernels import square_sum
 from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.fragments import F32, Fragment, Layout, TensorSpec, build_layout
-from shared.task import build_model, load_task
+from shared.task import build_model, fingerprint_of, load_task
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
     sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
     if sequence_tokens is not None and not (isinstance(sequence_tokens, int) and sequence_tokens > 0):
         raise ConfigError(f"[task] use: sequence_tokens of {config.task.use!r} is {sequence_tokens!r}, not a count")
-    return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens)
+    fingerprint = fingerprint_of(task)
+    return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens, fingerprint)
 
 
 def _without_weights(task: Any, seed: int) -> nn.Module:

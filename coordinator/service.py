@@ -86,6 +86,7 @@ class Coordinator:
         self.run_id, self.layout, self.slice = store.run_id, store.layout, store.slice
         self._told_config = config.model_dump(mode="json", exclude={"store"})
         """Sites have no use for the coordinator's storage, and its mirror's URL may hold a secret."""
+        self._fingerprint = store.fingerprint
         self.metrics, self.workers = workers.metrics, workers
         self.core = RunCore(plan_of(config, len(store.layout.fragments), store.sequence_tokens))
         self.clock, self._wall = machine.clock, machine.wall
@@ -229,6 +230,7 @@ class Coordinator:
             lease_seconds=self.core.members.lease_seconds,
             orders=self._orders(site),
             shard=self.slice.index,
+            fingerprint=self._fingerprint,
         )
 
     def preview(self) -> Preview:
@@ -240,6 +242,7 @@ class Coordinator:
             versions=[newest.version for newest in self.publication.newest],
             sites=len(self.core.roster),
             shard=self.slice.index,
+            fingerprint=self._fingerprint,
         )
 
     async def heartbeat(self, site: str, message: Heartbeat) -> Orders:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.config import SITE_NAME
 from shared.errors import FormatError
 
-PROTOCOL = 6
+PROTOCOL = 7
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
@@ -34,6 +34,8 @@ SMALLEST_PART_BYTES = 64 << 10
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
 MOST_SHARDS, MOST_LEASES = 1 << 16, 1 << 12
+MOST_FACTS, FACT_NAME, FACT_VALUE = 16, 32, 128
+"""Of a task's fingerprint: how many facts, and the most characters of a name and of a value."""
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
@@ -45,6 +47,11 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Bytes per second."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 BlobDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fingerprint = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=FACT_NAME)], Annotated[str, Field(max_length=FACT_VALUE)]],
+    Field(max_length=MOST_FACTS),
+]
+"""What the run's task said of itself as the run began (`shared.task.Task.fingerprint`)."""
 
 
 class Code(StrEnum):
@@ -187,6 +194,7 @@ class Joined(Message):
     lease_seconds: Seconds
     orders: Orders
     shard: Count
+    fingerprint: Fingerprint
 
 
 class Preview(Message):
@@ -198,6 +206,7 @@ class Preview(Message):
     versions: list[Count]
     sites: Count
     shard: Count
+    fingerprint: Fingerprint
 
 
 class Evaluation(Message):

@@ -32,6 +32,9 @@ class Two:
         self.value = options.get("value", 1.0)
         self.reads = options.get("reads", False)
 
+    def fingerprint(self):
+        return {"table": str(self.value)}
+
     def build_model(self):
         model = nn.Module()
         model.table = nn.Embedding(5, 4)
@@ -78,6 +81,10 @@ def test_without_files_they_are_the_models_under_the_seed(here: Path) -> None:
     first, again = named(config(), here), named(config(), here)
     assert first["table.weight"].tobytes() == again["table.weight"].tobytes()
     assert first["head"].tolist() == [1.0] * 3
+
+
+def test_they_come_with_what_the_task_says_of_itself(here: Path) -> None:
+    assert initial_weights(config(value=2.0), here).fingerprint == {"table": "2.0"}
 
 
 def write(path: Path, dtype: torch.dtype = torch.float32, **tensors: Tensor) -> None:

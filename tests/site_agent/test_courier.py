@@ -56,6 +56,7 @@ class Coordinator:
         self.index, self.url, self.run = index, URLS[index], f"r.{index}.x"
         self.in_touch: Callable[[bool], None] = lambda ok: None
         self.shard, self.config, self.pace = index, CONFIG, UploadPace()
+        self.fingerprint = {"tokenizer": "91bc", "chat": "x"}
         self.download_rate = 1e6 * (1 + index)
         self.orders = Orders(
             started=False,
@@ -95,6 +96,7 @@ class Coordinator:
             lease_seconds=30.0,
             orders=self.orders,
             shard=self.shard,
+            fingerprint=self.fingerprint,
         )
 
     async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
@@ -346,6 +348,8 @@ async def test_all_coordinators_get_a_goodbye(courier: Courier, coordinators: li
         (0, {"shard": 1}, "http://zero is coordinator 1 of its run, from 0, and a site joins the first"),
         (1, {"shard": 0}, "http://one is entry 1 of .* and what answers there is coordinator 0"),
         (1, {"config": {**CONFIG, "inner": {**CONFIG["inner"], "lr": 2.0}}}, "http://one serves another config"),
+        (1, {"fingerprint": {"tokenizer": "3fa0", "chat": "x"}}, "http://one began with another tokenizer than the"),
+        (1, {"fingerprint": {"tokenizer": "91bc"}}, "http://one began with another chat than the first coordinator"),
     ],
 )
 async def test_coordinators_that_do_not_belong_together_are_refused(
