@@ -42,6 +42,7 @@ from shared.codecs import DENSE
 from shared.compression import Compression, usual_level
 from shared.config import RunConfig
 from shared.errors import IsthmusError
+from shared.names import MOST_LEARNERS, site_of
 from shared.protocol import (
     PROTOCOL,
     AwaitedRound,
@@ -208,6 +209,7 @@ class Coordinator:
             raise Refused(
                 Code.WRONG_PROTOCOL, f"site {site} speaks protocol {message.protocol}, this coordinator {PROTOCOL}"
             )
+        self._refuse_too_many_learners(site)
         session = uuid.uuid4().hex
         self._invited.setdefault(site, deque(maxlen=INVITATIONS)).append(session)
         self._joined.add(site)
@@ -232,6 +234,17 @@ class Coordinator:
             shard=self.slice.index,
             fingerprint=self._fingerprint,
         )
+
+    def _refuse_too_many_learners(self, name: str) -> None:
+        """Names are remembered for the run's life; who may make up how many is bounded."""
+        site = site_of(name)
+        others = [each for each in self._joined if each != site and site_of(each) == site]
+        if name != site and name not in others and len(others) >= MOST_LEARNERS:
+            raise Refused(
+                Code.TOO_MANY_LEARNERS,
+                f"site {site} has had {MOST_LEARNERS} learners in this run, the most that it may: use one of their "
+                f"names again, such as {min(others)}",
+            )
 
     def preview(self) -> Preview:
         """What a site would join."""

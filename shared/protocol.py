@@ -16,14 +16,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.config import SITE_NAME
 from shared.errors import FormatError
+from shared.names import PARTICIPANT_NAME
 
 PROTOCOL = 7
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
-"""Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
+"""Names the calling site, or learner of a site, on every request; the token in `Authorization: Bearer` must be that
+site's."""
 
 DIGEST_HEADER = "Content-Digest"
 
@@ -39,7 +40,7 @@ MOST_FACTS, FACT_NAME, FACT_VALUE = 16, 32, 128
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
-Name = Annotated[str, Field(pattern=SITE_NAME)]
+Name = Annotated[str, Field(pattern=PARTICIPANT_NAME)]
 RunId = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -63,6 +64,7 @@ class Code(StrEnum):
     NOT_FOUND = "not-found"
     UNAUTHORIZED = "unauthorized"
     NOT_YOUR_SITE = "not-your-site"
+    TOO_MANY_LEARNERS = "too-many-learners"
     WRONG_PROTOCOL = "wrong-protocol"
     WRONG_RUN = "wrong-run"
     NOT_A_MEMBER = "not-a-member"
