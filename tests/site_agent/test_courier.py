@@ -70,6 +70,7 @@ class Coordinator:
             closing=[],
             data=None,
         )
+        self.software: dict[str, str] = {}
         self.heartbeats: list[Heartbeat] = []
         self.sent: list[tuple[OpenUpload, bytes]] = []
         self.takes = ""
@@ -84,6 +85,7 @@ class Coordinator:
         self.closed = True
 
     async def join(self, software: dict[str, str], patience: float | None = None) -> Joined:
+        self.software = software
         layout = Slice(self.index, 2).of_layout(LAYOUT).to_wire()
         at = FragmentVersion(version=7 + self.index, digest="0" * 32, tokens=0, contributed=-1)
         return Joined(
@@ -268,6 +270,11 @@ async def test_a_join_is_one_with_all_coordinators(courier: Courier, news: async
     assert [each.version for each in joined.fragments] == [7, 8, 7]
     assert isinstance(await news.get(), Ordered)
     assert news.empty(), "nothing before all were joined, and then once"
+
+
+async def test_a_site_says_which_torch_it_has_as_it_joins(courier: Courier, coordinators: list[Coordinator]) -> None:
+    await courier.join(1.0)
+    assert [each.software["torch"] for each in coordinators] == [torch.__version__] * 2
 
 
 async def test_training_starts_when_the_last_coordinator_says_so(
