@@ -1,26 +1,31 @@
 """Version 0 of a run: the layout of the task's model and its initial weights, from the seed or from files.
 
 At most the model as its task builds it and one fragment are in memory: weights are flattened, and read from files,
-fragment by fragment.
+fragment by fragment. Where they come from files the model is needed for its names and shapes alone, and is built
+without memory for its weights (torch's device "meta"), if its task can do that.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from coordinator.store.state_dir import Initial
 from shared.codecs.kernels import square_sum
 from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.fragments import F32, Fragment, Layout, TensorSpec, build_layout
-from shared.task import build_model, load_task
+from shared.task import build_model, fingerprint_of, load_task
+
+log = logging.getLogger(__name__)
 
 Named = Callable[[str], Tensor]
 """The tensor of this name."""
@@ -30,7 +35,7 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
     """What the run starts from. Relative files in the config count from `base`. Raises ConfigError, now or when the
     weights are asked for."""
     task = load_task(config.task.use, config.task.options(), base)
-    model = build_model(task, config.run.seed)
+    model = _without_weights(task, config.run.seed) if config.run.init else build_model(task, config.run.seed)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if not parameters:
         raise ConfigError(f"[task] use: the model of {config.task.use!r} has no parameters")
@@ -49,7 +54,19 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
     sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
     if sequence_tokens is not None and not (isinstance(sequence_tokens, int) and sequence_tokens > 0):
         raise ConfigError(f"[task] use: sequence_tokens of {config.task.use!r} is {sequence_tokens!r}, not a count")
-    return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens)
+    fingerprint = fingerprint_of(task)
+    return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens, fingerprint)
+
+
+def _without_weights(task: Any, seed: int) -> nn.Module:
+    """The task's model on the device "meta", where tensors have shapes and no values; the real one where its task
+    needs values to build it. Raises ConfigError where that cannot be built either."""
+    try:
+        with torch.device("meta"):
+            return build_model(task, seed)
+    except ConfigError as error:
+        log.info("the model is built whole, though its weights come from files: on the device meta, %s", error)
+    return build_model(task, seed)
 
 
 def _flat(fragment: Fragment, named: Named) -> F32:

@@ -42,6 +42,7 @@ from shared.codecs import DENSE
 from shared.compression import Compression, usual_level
 from shared.config import RunConfig
 from shared.errors import IsthmusError
+from shared.names import MOST_LEARNERS, site_of
 from shared.protocol import (
     PROTOCOL,
     AwaitedRound,
@@ -86,6 +87,7 @@ class Coordinator:
         self.run_id, self.layout, self.slice = store.run_id, store.layout, store.slice
         self._told_config = config.model_dump(mode="json", exclude={"store"})
         """Sites have no use for the coordinator's storage, and its mirror's URL may hold a secret."""
+        self._fingerprint = store.fingerprint
         self.metrics, self.workers = workers.metrics, workers
         self.core = RunCore(plan_of(config, len(store.layout.fragments), store.sequence_tokens))
         self.clock, self._wall = machine.clock, machine.wall
@@ -207,6 +209,7 @@ class Coordinator:
             raise Refused(
                 Code.WRONG_PROTOCOL, f"site {site} speaks protocol {message.protocol}, this coordinator {PROTOCOL}"
             )
+        self._refuse_too_many_learners(site)
         session = uuid.uuid4().hex
         self._invited.setdefault(site, deque(maxlen=INVITATIONS)).append(session)
         self._joined.add(site)
@@ -229,7 +232,19 @@ class Coordinator:
             lease_seconds=self.core.members.lease_seconds,
             orders=self._orders(site),
             shard=self.slice.index,
+            fingerprint=self._fingerprint,
         )
+
+    def _refuse_too_many_learners(self, name: str) -> None:
+        """Names are remembered for the run's life; who may make up how many is bounded."""
+        site = site_of(name)
+        others = [each for each in self._joined if each != site and site_of(each) == site]
+        if name != site and name not in others and len(others) >= MOST_LEARNERS:
+            raise Refused(
+                Code.TOO_MANY_LEARNERS,
+                f"site {site} has had {MOST_LEARNERS} learners in this run, the most that it may: use one of their "
+                f"names again, such as {min(others)}",
+            )
 
     def preview(self) -> Preview:
         """What a site would join."""
@@ -240,6 +255,7 @@ class Coordinator:
             versions=[newest.version for newest in self.publication.newest],
             sites=len(self.core.roster),
             shard=self.slice.index,
+            fingerprint=self._fingerprint,
         )
 
     async def heartbeat(self, site: str, message: Heartbeat) -> Orders:

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from coordinator.store.journal import Journal
-from shared.config import SITE_NAME
 from shared.errors import ConfigError
+from shared.names import SITE_NAME, site_of
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 """What `secrets.token_urlsafe(32)` makes. Nothing else is taken over: what a person thought of can be guessed."""
@@ -39,6 +39,8 @@ def read_token(file: Path) -> str:
 def add_token(journal: Journal, site: str, token: str | None = None) -> str:
     """A new token for `site`, or the one that is given; an older one stops working. Raises ConfigError for a name that
     cannot be one."""
+    if "~" in site:
+        raise ConfigError(f"{site} would be a learner, and comes with its site's token: add one for {site_of(site)}")
     if not re.fullmatch(SITE_NAME, site):
         raise ConfigError(f"{site!r} cannot be a site's name: letters a-z, digits, '.', '_' and '-', at most 64")
     token = token or secrets.token_urlsafe(32)

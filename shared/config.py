@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from shared.errors import ConfigError
+from shared.names import SITE_NAME
 
 UploadCodec = Literal["fp32", "bf16", "fp16", "int8", "int4", "e3m0", "topk2"]
 PublishCodec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
@@ -40,7 +41,6 @@ TOPK_FEEDBACK = 0.95
 RECEIVED = "received"
 MOST = 10**6
 """No count that is not one of tokens is larger: it must fit everything that it goes through."""
-SITE_NAME = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
 URL = r"^https?://[^/\s]+/?$"
 
 

@@ -16,14 +16,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.config import SITE_NAME
 from shared.errors import FormatError
+from shared.names import PARTICIPANT_NAME
 
-PROTOCOL = 6
+PROTOCOL = 7
 MEDIA_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"
 SITE_HEADER = "Isthmus-Site"
-"""Names the calling site on every request; the token in `Authorization: Bearer` must be that site's."""
+"""Names the calling site, or learner of a site, on every request; the token in `Authorization: Bearer` must be that
+site's."""
 
 DIGEST_HEADER = "Content-Digest"
 
@@ -34,10 +35,12 @@ SMALLEST_PART_BYTES = 64 << 10
 INLINE_BYTES = 1 << 20
 """A contribution up to this size is one request, which the coordinator holds in memory."""
 MOST_SHARDS, MOST_LEASES = 1 << 16, 1 << 12
+MOST_FACTS, FACT_NAME, FACT_VALUE = 16, 32, 128
+"""Of a task's fingerprint: how many facts, and the most characters of a name and of a value."""
 MESSAGE_BYTES = 1 << 20
 """The largest msgpack message that carries no tensor bytes."""
 
-Name = Annotated[str, Field(pattern=SITE_NAME)]
+Name = Annotated[str, Field(pattern=PARTICIPANT_NAME)]
 RunId = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -45,6 +48,11 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Bytes per second."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 BlobDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fingerprint = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=FACT_NAME)], Annotated[str, Field(max_length=FACT_VALUE)]],
+    Field(max_length=MOST_FACTS),
+]
+"""What the run's task said of itself as the run began (`shared.task.Task.fingerprint`)."""
 
 
 class Code(StrEnum):
@@ -56,6 +64,7 @@ class Code(StrEnum):
     NOT_FOUND = "not-found"
     UNAUTHORIZED = "unauthorized"
     NOT_YOUR_SITE = "not-your-site"
+    TOO_MANY_LEARNERS = "too-many-learners"
     WRONG_PROTOCOL = "wrong-protocol"
     WRONG_RUN = "wrong-run"
     NOT_A_MEMBER = "not-a-member"
@@ -187,6 +196,7 @@ class Joined(Message):
     lease_seconds: Seconds
     orders: Orders
     shard: Count
+    fingerprint: Fingerprint
 
 
 class Preview(Message):
@@ -198,6 +208,7 @@ class Preview(Message):
     versions: list[Count]
     sites: Count
     shard: Count
+    fingerprint: Fingerprint
 
 
 class Evaluation(Message):

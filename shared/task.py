@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
+from shared.protocol import FACT_NAME, FACT_VALUE, MOST_FACTS
 
 ENTRY_POINT_GROUP = "isthmus.tasks"
+SHOWN = 12
 Batch = Any
 """One inner step's input; only the task that made it looks inside."""
 
@@ -90,6 +92,11 @@ class Task(ABC):
         cannot say; sites are then compared with each other."""
         return None
 
+    def fingerprint(self) -> Mapping[str, str]:
+        """Facts that must be the same at every site and that the tensors' shapes do not show, such as the digest of a
+        tokenizer, by a name for each: at most 16 of them, names of up to 32 characters, values of up to 128."""
+        return {}
+
     def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
         """`prompt` continued by `tokens` sampled tokens. Raises ConfigError where the task has no text."""
         raise ConfigError(f"task {type(self).__name__} does not generate text; sample another run")
@@ -103,6 +110,47 @@ def manifest_of(task: Any) -> Manifest | None:
     """`task.manifest()`, where the task has such a thing."""
     manifest: Manifest | None = task.manifest() if hasattr(task, "manifest") else None
     return manifest
+
+
+def fingerprint_of(task: Any) -> dict[str, str]:
+    """`task.fingerprint()`, where the task has such a thing. Raises ConfigError where it cannot be had, or cannot
+    travel."""
+    name = type(task).__name__
+    try:
+        facts: Any = getattr(task, "fingerprint", dict)()
+    except ConfigError:
+        raise
+    except Exception as error:  # a task's own code; its fault is told as such
+        raise ConfigError(f"[task] use: {name}.fingerprint failed: {type(error).__name__}: {error}") from error
+    if not (isinstance(facts, Mapping) and len(facts) <= MOST_FACTS and all(map(_is_fact, facts.items()))):
+        raise ConfigError(
+            f"[task] use: {name}.fingerprint gives {str(facts)[:80]}, not at most {MOST_FACTS} texts of up to "
+            f"{FACT_VALUE} characters by names of up to {FACT_NAME}"
+        )
+    return dict(facts)
+
+
+def _is_fact(fact: tuple[Any, Any]) -> bool:
+    name, value = fact
+    return isinstance(name, str) and isinstance(value, str) and 0 < len(name) <= FACT_NAME and len(value) <= FACT_VALUE
+
+
+def check_fingerprint(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Raises ConfigError naming the first fact of the run's task, `theirs`, that is another one here, or that only one
+    side has."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name), theirs.get(name)
+        if here != there:
+            whole = here is not None and there is not None and shortened(here) == shortened(there)
+            told = ["none" if each is None else each if whole else shortened(each) for each in (here, there)]
+            raise ConfigError(
+                f"the {name} here is not the run's (here {told[0]}, the run has {told[1]}): use the run's own file"
+            )
+
+
+def shortened(value: str) -> str:
+    """The beginning of a fact's value, for people: enough to tell two digests apart."""
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
 
 
 _REQUIRED = ("build_model", "train_batches", "loss")

@@ -31,6 +31,7 @@ from shared.codecs import Codec, codec_named, grid
 from shared.codecs.kernels import F32, U8
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Chunk, Fragment
+from shared.names import LONGEST_NAME
 from shared.parallel import over_chunks
 
 Buffer = bytes | memoryview
@@ -57,7 +58,7 @@ class Header(BaseModel):
 
     kind: Literal["contribution", "delta", "snapshot"]
     run: str = Field(max_length=128)
-    site: str = Field(max_length=64)
+    site: str = Field(max_length=LONGEST_NAME)
     fragment: Count
     base_version: Count
     version: Count

@@ -26,7 +26,7 @@ from shared.config import RunConfig, SiteConfig, received_run
 from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
-from shared.task import Shard, build_model, load_task, manifest_of
+from shared.task import Shard, build_model, check_fingerprint, fingerprint_of, load_task, manifest_of
 from site_agent.branch import LEAVE_SECONDS
 from site_agent.checkpoint import oldest_lease
 from site_agent.courier import CourierThread
@@ -182,6 +182,7 @@ class Agent:
         set_threads(config.devices.threads)
         device = choose_device(config.devices.device)
         self.task = task = task_of(config, run)
+        check_fingerprint(fingerprint_of(task), joined.fingerprint)
         model = build_model(task, run.run.seed)
         trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
         log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))

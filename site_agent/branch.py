@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import logging
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from shared.config import received_run
 from shared.errors import ConfigError, IsthmusError, RefusedError
-from shared.protocol import Code, Evaluation, Heartbeat, Joined, Orders
+from shared.protocol import Code, Evaluation, Heartbeat, Joined, Orders, Preview
 from site_agent.contribution import Address
 from site_agent.link import Link, Refusal
 from site_agent.metrics import Metrics
@@ -80,7 +79,7 @@ class Branch:
     def _check(self, joined: Joined, like: Joined | None) -> None:
         check_place(self.link.url, joined.shard, self.index)
         if like is not None:
-            check_config(self.link.url, joined.config, like.config)
+            check_agreement(self.link.url, joined, like)
 
     async def rejoin(self, session: str) -> None:
         """Joins again after the lease was lost; once, however many requests found out."""
@@ -209,10 +208,17 @@ def check_place(url: str, shard: int, wanted: int) -> None:
     )
 
 
-def check_config(url: str, config: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Raises ConfigError where the coordinator at `url` serves another config than the first one."""
-    if config != first:
+def check_agreement(url: str, told: Joined | Preview, first: Joined | Preview) -> None:
+    """Raises ConfigError where the coordinator at `url` serves another config than the first one, or began its part of
+    the run with a task that says otherwise of itself."""
+    if told.config != first.config:
         raise ConfigError(f"{url} serves another config than the first coordinator; serve the same run.toml at all")
+    if told.fingerprint != first.fingerprint:
+        facts = told.fingerprint.items() ^ first.fingerprint.items()
+        raise ConfigError(
+            f"{url} began with another {min(name for name, _ in facts)} than the first coordinator; begin its part of "
+            "the run again, with the same file and an empty --state"
+        )
 
 
 def _software() -> dict[str, str]:

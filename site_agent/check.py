@@ -12,16 +12,17 @@ import time
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 
 from shared.config import SiteConfig, received_run
 from shared.errors import RefusedError
 from shared.fragments import Layout
 from shared.protocol import Preview
 from shared.sharding import interleave
-from shared.task import Shard, build_model
+from shared.task import Shard, build_model, check_fingerprint, fingerprint_of, shortened
 from shared.wire import container_bound
 from site_agent.agent import CALIBRATION_SECONDS, CALIBRATION_STEPS, credentials_of, task_of
-from site_agent.branch import check_config, check_place
+from site_agent.branch import check_agreement, check_place
 from site_agent.link import Link
 from site_agent.training.devices import choose_device, describe, set_threads
 from site_agent.training.ensemble import Ensemble
@@ -36,7 +37,7 @@ def check(config: SiteConfig) -> None:
     console = Console(highlight=False)
 
     def say(what: str, text: str) -> None:
-        console.print(f"[bold]{what:<12}[/]{text}")
+        console.print(f"[bold]{what:<11}[/] {text}")
 
     set_threads(config.devices.threads)
     device = choose_device(config.devices.device)
@@ -49,6 +50,9 @@ def check(config: SiteConfig) -> None:
     preview = asked[0].preview
     run, layout = received_run(preview.config), Layout.from_wire(interleave([each.preview.layout for each in asked]))
     task = task_of(config, run)
+    check_fingerprint(fingerprint_of(task), preview.fingerprint)
+    for name, value in sorted(preview.fingerprint.items()):
+        say(escape(name), f"the run's ({escape(shortened(value))})")
     model = build_model(task, run.run.seed)
     trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
@@ -78,7 +82,7 @@ async def _ask_all(config: SiteConfig) -> list[_Asked]:
             asked.append(await _ask(config, url, shard))
         except RefusedError as error:
             raise RefusedError(error.code, f"{url}: {error.detail}") from None
-        check_config(url, asked[-1].preview.config, asked[0].preview.config)
+        check_agreement(url, asked[-1].preview, asked[0].preview)
     return asked
 
 

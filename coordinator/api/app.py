@@ -18,7 +18,7 @@ from coordinator.api.status import run_document, status_document, versions_docum
 from coordinator.refused import Refused
 from coordinator.service import Coordinator
 from coordinator.tokens import check_token
-from shared.config import SITE_NAME
+from shared.names import PARTICIPANT_NAME, site_of
 from shared.protocol import (
     DIGEST_HEADER,
     INLINE_BYTES,
@@ -210,18 +210,18 @@ class Api:
     # -- bounds and rights
 
     def _site(self, request: web.Request) -> str:
-        """The site that calls, once its token has been found to be its own."""
+        """The site or the learner that calls, once its token has been found to be its site's own."""
         site = request.headers.get(SITE_HEADER, "")
-        if not re.fullmatch(SITE_NAME, site):
+        if not re.fullmatch(PARTICIPANT_NAME, site):
             raise Refused(Code.UNAUTHORIZED, f"the header {SITE_HEADER} must name the site that calls")
         if self._insecure:
             return site
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not check_token(self._coordinator.reader, site, token.strip()):
+        if kind.lower() != "bearer" or not check_token(self._coordinator.reader, site_of(site), token.strip()):
             # A site has one token for all of a run's coordinators.
             same = " --token-file FILE" if len(self._coordinator.config.run.coordinators) > 1 else ""
-            add = f"isthmus coordinator token add {site} --state DIR{same}"
-            raise Refused(Code.UNAUTHORIZED, f"no valid token for site {site}; make one with: {add}")
+            add = f"isthmus coordinator token add {site_of(site)} --state DIR{same}"
+            raise Refused(Code.UNAUTHORIZED, f"no valid token for site {site_of(site)}; make one with: {add}")
         return site
 
     def _reader(self, request: web.Request) -> None:

@@ -24,6 +24,7 @@ STATUS = {
     Code.UNAUTHORIZED: 401,
     Code.CUT: 408,
     Code.NOT_YOUR_SITE: 403,
+    Code.TOO_MANY_LEARNERS: 403,
     Code.NOT_FOUND: 404,
     Code.NOT_PUBLISHED: 404,
     Code.UNKNOWN_UPLOAD: 404,

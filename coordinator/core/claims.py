@@ -2,17 +2,18 @@
 
 An inner step has the run's batch size at every site, so a task that knows how long its sequences are knows the most
 tokens that a step can count, and nothing above that is believed. Where it does not, the others are the measure once
-there are three: the middle one of three is honest if two are; of two that differ nobody can tell which one lies.
+there are three: the middle one of three is honest if two are; of two that differ nobody can tell which one lies. The
+learners of one site are one witness, and none against each other.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from coordinator.core.rounds import Contribution
+from coordinator.core.voices import middle
+from shared.names import by_site, site_of
 
 LONGEST_CYCLES = 16
 """Cycles that one contribution may stand for. One is the rule; after an outage or a refusal it holds more."""
@@ -57,7 +58,7 @@ class Claims:
 
     def tokens_per_step(self, site: str) -> float:
         """Of the site's last contribution; of a site without one, the middle one of the others. 0: nothing known."""
-        return self._rates.get(site) or _middle(self._rates.values())
+        return self._rates.get(site) or middle(self._rates)
 
     def steps_per_cycle(self, site: str) -> float | None:
         """Of the site's last contribution; None of a site without one."""
@@ -72,11 +73,7 @@ class Claims:
     def _most_tokens(self, site: str) -> float:
         if self.sequence_tokens is not None:
             return self.batch_size * self.sequence_tokens
-        others = [rate for other, rate in self._rates.items() if other != site]
-        if len(others) >= WITNESSES and (middle := _middle(others)) > 0:
-            return APART * middle
+        others = {other: rate for other, rate in self._rates.items() if site_of(other) != site_of(site)}
+        if len(by_site(others)) >= WITNESSES and (usual := middle(others)) > 0:
+            return APART * usual
         return self.batch_size * LONGEST_SEQUENCE
-
-
-def _middle(values: Collection[float]) -> float:
-    return statistics.median_low(values) if values else 0.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 
 from coordinator.core.membership import Membership, Report
+from coordinator.core.voices import middle
+from shared.names import by_site
 
 FASTEST = 64.0
 """No site is believed to be faster than so many times the lower median of all: one absurd report would otherwise leave
@@ -19,7 +20,7 @@ MOST_PEERS = 1e6
 
 def speed_bound(speeds: Mapping[str, float]) -> float:
     """The largest believable speed among `speeds`."""
-    return FASTEST * statistics.median_low(speeds.values()) if speeds else math.inf
+    return FASTEST * middle(speeds) if speeds else math.inf
 
 
 def believable(speeds: Mapping[str, float]) -> dict[str, float]:
@@ -69,7 +70,7 @@ class Pacer:
         """The largest speed, as far as it is believable, in inner steps per second; None where none has been measured,
         or where of two nobody can tell which one is right."""
         speeds = self.speeds()
-        if not speeds or len(believable(speeds)) < len(speeds) == 2:
+        if not speeds or (len(believable(speeds)) < len(speeds) and len(by_site(speeds)) <= 2):
             return None
         return min(max(speeds.values()), speed_bound(speeds))
 
@@ -78,7 +79,7 @@ class Pacer:
         because nobody can tell which one is right."""
         speeds = self.speeds()
         absurd = sorted(speeds.keys() - believable(speeds).keys())
-        return sorted(speeds) if absurd and len(speeds) == 2 else absurd
+        return sorted(speeds) if absurd and len(by_site(speeds)) <= 2 else absurd
 
     def paces(self) -> dict[str, float] | None:
         """The pace of each site that is ready or trains; None where one has not been heard of since a restart, and the

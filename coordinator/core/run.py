@@ -7,7 +7,6 @@ reports `published` when a merge is done. All of a run's state that matters can 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ from coordinator.core.evaluation import Evaluations
 from coordinator.core.membership import Member, Membership, Report
 from coordinator.core.pacing import FASTEST, Pacer
 from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
+from coordinator.core.voices import middle
 from shared.protocol import Code
 
 STALLED_CYCLES = 3.0
@@ -367,7 +367,7 @@ class RunCore:
 
     def absurd_reports(self) -> list[tuple[str, str]]:
         """(site, what) of the reports that are too far from the others' to be believed, and are bounded."""
-        longest = FASTEST * _usual(self.pacer.cycle_seconds())
+        longest = FASTEST * middle(self.pacer.cycle_seconds())
         late = [m.site for m in self.members.in_state("training") if 0 < longest < m.report.overlap_seconds]
         return [*((site, "speed") for site in self.pacer.absurd()), *((site, "overlap") for site in sorted(late))]
 
@@ -468,7 +468,7 @@ class RunCore:
         if self.plan.policy.quorum is None:
             return False
         changed = False
-        longest = FASTEST * _usual(cycles)
+        longest = FASTEST * middle(cycles)
         for member in self.members.in_state("training"):
             here = any(member.site in state.open.sites | state.merging_sites for state in self.fragments)
             if (cycle := cycles.get(member.site)) is None or here:
@@ -496,14 +496,9 @@ class RunCore:
 
     def _tempos(self, cycles: Mapping[str, float]) -> dict[str, Tempo]:
         """What each site has measured. Paced sites have cycles alike: none can spare more than the lower median."""
-        longest = _usual(cycles)
+        longest = middle(cycles)
         return {
             member.site: Tempo(min(member.report.overlap_seconds, longest), member.report.sync_seconds)
             for member in self.members.in_state("training")
             if member.report.sync_seconds > 0
         }
-
-
-def _usual(cycles: Mapping[str, float]) -> float:
-    """The lower median of the sites' cycles, in seconds; 0 where none is measured."""
-    return statistics.median_low(cycles.values()) if cycles else 0.0

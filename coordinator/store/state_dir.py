@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ SHARD, COUNT = "--shard", "the number of [run] coordinators"
 @dataclass(frozen=True)
 class Initial:
     """What a run starts from: the layout, the flat fp32 weights of each fragment (made when they are asked for: the
-    model is in memory already), the names of the tensors that are embeddings, and the most tokens that a sequence can
-    count (None: the task does not say)."""
+    model is in memory already), the names of the tensors that are embeddings, the most tokens that a sequence can
+    count (None: the task does not say), and what else must be the same at every site (`Task.fingerprint`)."""
 
     layout: Layout
     weights: Callable[[Fragment], F32]
     embeddings: list[str]
     sequence_tokens: int | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, own: Slice) -> Initial:
         """The part of one of several coordinators."""
@@ -168,6 +169,13 @@ class StateDir:
         known: int | None = json.loads(self.journal.meta("sequence_tokens") or "null")
         return known
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the task said as the run began, and every site's task must say: a start after that does not ask it
+        again, so that it needs neither the task nor its files."""
+        known: dict[str, str] = json.loads(self.journal.meta("fingerprint") or "{}")
+        return known
+
     def initial_digest(self, fragment: int) -> str:
         """The digest of version 0 of a fragment."""
         digests: list[str] = json.loads(self.journal.meta("initial_digests") or "[]")
@@ -208,6 +216,7 @@ class StateDir:
             layout=json.dumps(layout.to_wire()),
             embeddings=json.dumps(initial.embeddings),
             sequence_tokens=json.dumps(initial.sequence_tokens),
+            fingerprint=json.dumps(dict(initial.fingerprint)),
             initial_digests=json.dumps(digests),
         )
         return True

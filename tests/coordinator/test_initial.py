@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,24 @@ TASK = """
 import torch
 from torch import nn
 
+BUILT = []  # the devices of the parameters of each model
+
 
 class Two:
     def __init__(self, options):
         self.value = options.get("value", 1.0)
+        self.reads = options.get("reads", False)
+
+    def fingerprint(self):
+        return {"table": str(self.value)}
 
     def build_model(self):
         model = nn.Module()
         model.table = nn.Embedding(5, 4)
         model.head = nn.Parameter(torch.full((3,), self.value))
+        BUILT.append({parameter.device.type for parameter in model.parameters()})
+        if self.reads:
+            model.head.sum().item()
         return model
 
     def train_batches(self, shard, batch_size):
@@ -72,11 +83,15 @@ def test_without_files_they_are_the_models_under_the_seed(here: Path) -> None:
     assert first["head"].tolist() == [1.0] * 3
 
 
+def test_they_come_with_what_the_task_says_of_itself(here: Path) -> None:
+    assert initial_weights(config(value=2.0), here).fingerprint == {"table": "2.0"}
+
+
 def write(path: Path, dtype: torch.dtype = torch.float32, **tensors: Tensor) -> None:
     save_file({name.replace("_", "."): tensor.to(dtype) for name, tensor in tensors.items()}, path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_they_come_from_a_file_whatever_precision_it_has(here: Path, dtype: torch.dtype) -> None:
     write(here / "w.safetensors", dtype, table_weight=TABLE, head=HEAD, something=torch.ones(2))
     found = named(config("w.safetensors"), here)
@@ -84,6 +99,31 @@ def test_they_come_from_a_file_whatever_precision_it_has(here: Path, dtype: torc
     assert found["table.weight"].dtype == np.float32
     assert found["table.weight"].tolist() == TABLE.tolist()
     assert found["head"].tolist() == HEAD.tolist()
+
+
+def built(config: RunConfig, base: Path) -> list[set[str]]:
+    """The devices of the models that the task built for these weights."""
+    found = named(config, base)
+    assert found["head"].tolist() == (HEAD.tolist() if config.run.init else [1.0] * 3)
+    devices: list[set[str]] = sys.modules["isthmus_task_two"].BUILT
+    return devices
+
+
+def test_a_model_whose_weights_come_from_files_takes_no_memory(here: Path) -> None:
+    write(here / "w.safetensors", table_weight=TABLE, head=HEAD)
+    assert built(config("w.safetensors"), here) == [{"meta"}]
+    assert built(config(), here) == [{"cpu"}]
+
+
+def test_a_task_that_needs_values_to_build_its_model_is_given_some(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write(here / "w.safetensors", table_weight=TABLE, head=HEAD)
+    assert built(config("w.safetensors", reads=True), here) == [{"meta"}, {"cpu"}]
+    assert [message[:61] for message in caplog.messages] == [
+        "the model is built whole, though its weights come from files:"
+    ]
 
 
 def test_they_come_from_several_files(here: Path) -> None:

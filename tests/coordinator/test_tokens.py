@@ -30,6 +30,13 @@ def test_a_token_lets_its_own_site_in_and_no_other(journal: Journal) -> None:
         assert not check_token(journal, "eu", wrong)
 
 
+def test_a_learner_has_no_token_of_its_own(journal: Journal) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^eu~910b would be a learner, and comes with its site's token: add one for eu$"
+    ):
+        add_token(journal, "eu~910b")
+
+
 def test_only_a_salted_hash_is_on_disk(journal: Journal) -> None:
     tokens = [add_token(journal, "eu"), add_token(journal, "us")]
     stored = [journal.token("eu"), journal.token("us")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from shared.errors import ConfigError, RefusedError
 from shared.fragments import digest_flat
 from site_agent.agent import Agent
+from site_agent.check import check
 from site_agent.contribution import Anchor
 from site_agent.core.alignment import How
 from site_agent.learner import Learner, Stopped
@@ -197,6 +199,28 @@ def test_a_task_with_another_layout_is_refused_by_tensor_name(tmp_path: Path) ->
         with pytest.raises(ConfigError, match="has a tensor third that the run lacks"):
             other.run()
         assert served.coordinator.core.members.live == {}
+
+
+def test_a_site_whose_tokenizer_is_not_the_runs_is_told_both_and_does_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"use": f"{TOY}:Marked", "tokenizer": "91bc" * 16}
+    config = run_config({"run": {"name": "toy", "tokens": 4}, "task": task, "rounds": {"fragments": 2}})
+    with live(config, tmp_path / "state") as served:
+        other = site_config("a", served.url, tmp_path, data={"tokenizer": "3fa0" * 16})
+        for refused in (Agent(other).run, partial(check, other)):
+            with pytest.raises(ConfigError, match=r"\(here 3fa03fa03fa0…, the run has 91bc91bc91bc…\): use the run's"):
+                refused()
+        capsys.readouterr()
+        unmarked = site_config("a", served.url, tmp_path, task={"use": f"{TOY}:Toy"})
+        with pytest.raises(ConfigError, match="here none, the run has 91bc"):
+            Agent(unmarked).run()
+        assert served.coordinator.core.tokens == 0
+        same = site_config("a", served.url, tmp_path)
+        check(same)
+        assert "tokenizer   the run's (91bc91bc91bc…)\n" in capsys.readouterr().out
+        Agent(same).run()
+        assert served.coordinator.core.finished
 
 
 def test_the_newest_of_two_agents_with_one_name_wins(tmp_path: Path) -> None:

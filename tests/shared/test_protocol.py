@@ -99,6 +99,7 @@ JOINED = Joined(
     lease_seconds=30.0,
     orders=ORDERS,
     shard=1,
+    fingerprint={"tokenizer": "91bc"},
 )
 MESSAGES: list[Message] = [
     SHARD,
@@ -112,12 +113,13 @@ MESSAGES: list[Message] = [
     LEASED,
     LEASED.leases[0],
     JOINED,
-    Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0, shard=0),
+    Preview(run="r", config={}, layout=LAYOUT, versions=[1, 2], sites=0, shard=0, fingerprint={}),
     EVALUATION,
     HEARTBEAT,
     HEARTBEAT.model_copy(update={"loss": 2.5, "evaluation": None, "download_rate": 1.25e6}),
     Leave(run="r", session=""),
     OPENING,
+    OPENING.model_copy(update={"site": "eu-west~910b"}),
     OPENING.model_copy(update={"body": None}),
     OUTCOME,
     UPLOAD,
@@ -172,7 +174,9 @@ def test_a_missing_field_is_refused_by_name(message: Message) -> None:
 def test_a_field_of_another_kind_is_refused_by_name(message: Message) -> None:
     for name in type(message).model_fields:
         for wrong in ({"x": {}}, [[[]]], b"\xff", math.nan):
-            if (name, wrong) == ("body", b"\xff") or (name in ("config", "software") and isinstance(wrong, dict)):
+            if (name, wrong) == ("body", b"\xff") or (
+                name in ("config", "software", "fingerprint") and isinstance(wrong, dict)
+            ):
                 continue
             with pytest.raises(FormatError, match=rf"^{name}[.:]"):
                 unpack_changed(message, **{name: wrong})
@@ -193,6 +197,11 @@ def test_a_field_of_another_kind_is_refused_by_name(message: Message) -> None:
         (MESSAGES[1], {"site": "../etc"}, "site"),
         (MESSAGES[1], {"site": "a" * 65}, "site"),
         (MESSAGES[1], {"site": "eu-west\n"}, "site"),
+        (MESSAGES[1], {"site": "eu-west~"}, "site"),
+        (MESSAGES[1], {"site": "~910b"}, "site"),
+        (MESSAGES[1], {"site": "eu-west~910b~a"}, "site"),
+        (MESSAGES[1], {"site": "eu-west~910B"}, "site"),
+        (MESSAGES[1], {"site": "eu-west~" + "a" * 33}, "site"),
         (MESSAGES[1], {"software": {"x" * 33: ""}}, r"software\.x{33}\.\[key\]"),
         (MESSAGES[1], {"software": {"x": "y" * 129}}, r"software\.x"),
         (MESSAGES[1], {"software": {str(i): "" for i in range(17)}}, "software"),
@@ -221,6 +230,11 @@ def test_a_field_of_another_kind_is_refused_by_name(message: Message) -> None:
         (JOINED, {"fragments": [{"version": 1}]}, r"fragments\.0\.digest"),
         (JOINED, {"lease_seconds": -1.0}, "lease_seconds"),
         (JOINED, {"lease_seconds": math.inf}, "lease_seconds"),
+        (JOINED, {"fingerprint": {str(i): "" for i in range(17)}}, "fingerprint"),
+        (JOINED, {"fingerprint": {"x" * 33: ""}}, r"fingerprint\.x{33}\.\[key\]"),
+        (JOINED, {"fingerprint": {"": ""}}, r"fingerprint\.\.\[key\]"),
+        (JOINED, {"fingerprint": {"x": "y" * 129}}, r"fingerprint\.x"),
+        (JOINED, {"fingerprint": {"x": 1}}, r"fingerprint\.x"),
         (EVALUATION, {"loss": math.nan}, "loss"),
         (EVALUATION, {"loss": 1e7}, "loss"),
         (HEARTBEAT, {"state": "asleep"}, "state"),

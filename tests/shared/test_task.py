@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shared.errors import ConfigError
-from shared.task import BatchStream, Task, build_model, load_task
+from shared.task import BatchStream, Task, build_model, check_fingerprint, fingerprint_of, load_task
 
 WHOLE = """
 class Mine:
@@ -143,6 +143,77 @@ def test_a_task_copies_its_options_and_has_harmless_defaults() -> None:
     assert task.hf_files() is None
     with pytest.raises(ConfigError, match="task Random does not generate text"):
         task.generate(nn.Linear(1, 1), "x", 1, 0)
+
+
+class Says(Random):
+    """A task with this fingerprint."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__({})
+        self.said = said
+
+    def fingerprint(self) -> Any:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+def test_a_task_that_says_nothing_of_itself_has_an_empty_fingerprint(tmp_path: Path) -> None:
+    assert fingerprint_of(Random({})) == {}
+    assert fingerprint_of(load_task(f"{written(tmp_path, WHOLE)}:Mine", {})) == {}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        "91bc",
+        ["tokenizer"],
+        {"tokenizer": 1},
+        {"tokenizer": b"91bc"},
+        {1: "91bc"},
+        {"": "91bc"},
+        {"x" * 33: "91bc"},
+        {"x": "y" * 129},
+        {str(n): "" for n in range(17)},
+    ],
+)
+def test_a_fingerprint_that_could_not_travel_is_refused(said: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^\[task\] use: Says\.fingerprint gives .*, not at most 16 texts of up to 128"
+    ):
+        fingerprint_of(Says(said))
+
+
+def test_the_largest_fingerprint_travels() -> None:
+    most = {f"{n:x<32}": "y" * 128 for n in range(16)}
+    assert fingerprint_of(Says(most)) == most
+
+
+def test_a_fingerprint_that_cannot_be_had_is_told_as_the_tasks_fault() -> None:
+    with pytest.raises(ConfigError, match=r"Says\.fingerprint failed: OSError: no tokenizer\.json"):
+        fingerprint_of(Says(OSError("no tokenizer.json")))
+    with pytest.raises(ConfigError, match=r"^as the task says it$"):
+        fingerprint_of(Says(ConfigError("as the task says it")))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        ({"a": "1", "t": "3fa0"}, {"a": "1", "t": "91bc"}, "the t here is not the run's (here 3fa0, the run has 91bc)"),
+        ({"t": "3fa0"}, {}, "the t here is not the run's (here 3fa0, the run has none)"),
+        ({}, {"t": "91bc"}, "the t here is not the run's (here none, the run has 91bc)"),
+        ({"t": "3fa0" * 8}, {"t": "91bc" * 8}, "(here 3fa03fa03fa0…, the run has 91bc91bc91bc…)"),
+        ({"t": "0123456789ab/1"}, {"t": "0123456789ab/2"}, "(here 0123456789ab/1, the run has 0123456789ab/2)"),
+    ],
+)
+def test_a_fingerprint_that_is_not_the_runs_is_refused_by_the_fact_that_differs(
+    ours: dict[str, str], theirs: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_fingerprint(ours, theirs)
+    assert f"{told}: use the run's own file" in str(caught.value)
+    check_fingerprint(ours, dict(ours))
 
 
 def test_a_batch_stream_is_an_iterator_that_knows_where_it_is() -> None:

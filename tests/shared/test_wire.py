@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from shared.codecs import CODECS, codec_named, reference
 from shared.errors import FormatError
 from shared.fragments import CHUNK_ELEMENTS, Fragment, TensorSpec
+from shared.names import LONGEST_NAME
 from shared.wire import (
     MAGIC,
     Header,
@@ -242,10 +243,11 @@ def test_the_longest_header_fits_its_bound() -> None:
     longest = header("fp32", True).model_copy(
         update={
             "run": "r" * 128,
-            "site": "s" * 64,
+            "site": "s" * LONGEST_NAME,
             **dict.fromkeys(("fragment", "base_version", "version", "tokens", "steps"), worst),
         }
     )
+    assert Header.model_validate(longest.model_dump()) == longest
     packed = msgpack.packb({**longest.model_dump(), "sizes": [worst] * len(FRAGMENT.chunks())})
     assert len(packed) <= header_bound(FRAGMENT)
 

@@ -56,6 +56,7 @@ class Coordinator:
         self.index, self.url, self.run = index, URLS[index], f"r.{index}.x"
         self.in_touch: Callable[[bool], None] = lambda ok: None
         self.shard, self.config, self.pace = index, CONFIG, UploadPace()
+        self.fingerprint = {"tokenizer": "91bc", "chat": "x"}
         self.download_rate = 1e6 * (1 + index)
         self.orders = Orders(
             started=False,
@@ -69,6 +70,7 @@ class Coordinator:
             closing=[],
             data=None,
         )
+        self.software: dict[str, str] = {}
         self.heartbeats: list[Heartbeat] = []
         self.sent: list[tuple[OpenUpload, bytes]] = []
         self.takes = ""
@@ -83,6 +85,7 @@ class Coordinator:
         self.closed = True
 
     async def join(self, software: dict[str, str], patience: float | None = None) -> Joined:
+        self.software = software
         layout = Slice(self.index, 2).of_layout(LAYOUT).to_wire()
         at = FragmentVersion(version=7 + self.index, digest="0" * 32, tokens=0, contributed=-1)
         return Joined(
@@ -95,6 +98,7 @@ class Coordinator:
             lease_seconds=30.0,
             orders=self.orders,
             shard=self.shard,
+            fingerprint=self.fingerprint,
         )
 
     async def heartbeat(self, message: Heartbeat, patience: float | None = None) -> Orders:
@@ -266,6 +270,11 @@ async def test_a_join_is_one_with_all_coordinators(courier: Courier, news: async
     assert news.empty(), "nothing before all were joined, and then once"
 
 
+async def test_a_site_says_which_torch_it_has_as_it_joins(courier: Courier, coordinators: list[Coordinator]) -> None:
+    await courier.join(1.0)
+    assert [each.software["torch"] for each in coordinators] == [torch.__version__] * 2
+
+
 async def test_training_starts_when_the_last_coordinator_says_so(
     courier: Courier, coordinators: list[Coordinator], news: asyncio.Queue[Event]
 ) -> None:
@@ -344,6 +353,8 @@ async def test_all_coordinators_get_a_goodbye(courier: Courier, coordinators: li
         (0, {"shard": 1}, "http://zero is coordinator 1 of its run, from 0, and a site joins the first"),
         (1, {"shard": 0}, "http://one is entry 1 of .* and what answers there is coordinator 0"),
         (1, {"config": {**CONFIG, "inner": {**CONFIG["inner"], "lr": 2.0}}}, "http://one serves another config"),
+        (1, {"fingerprint": {"tokenizer": "3fa0", "chat": "x"}}, "http://one began with another tokenizer than the"),
+        (1, {"fingerprint": {"tokenizer": "91bc"}}, "http://one began with another chat than the first coordinator"),
     ],
 )
 async def test_coordinators_that_do_not_belong_together_are_refused(

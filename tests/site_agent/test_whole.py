@@ -42,6 +42,7 @@ def joined(run: str, layout: list[list[tuple[str, list[int]]]], versions: list[i
         lease_seconds=30.0,
         orders=orders(),
         shard=0,
+        fingerprint={},
     )
 
 

@@ -56,6 +56,13 @@ class Toy(Task):
         return 2 * model.first + 2 * model.second, 1
 
 
+class Marked(Toy):
+    """The same with a tokenizer, of sorts: the option of that name is its digest."""
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"tokenizer": self.options["tokenizer"]}
+
+
 class Other(Toy):
     """The same with a third scalar: a layout that is not the run's."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import logging
 from typing import Any
 
 import msgpack
@@ -22,6 +23,7 @@ from shared.protocol import (
     DataReport,
     Heartbeat,
     Join,
+    Joined,
     Leave,
     Manifest,
     OpenUpload,
@@ -393,6 +395,23 @@ async def test_a_join_gets_all_that_a_site_needs(fleet: Any) -> None:
     await site.published(0, 1)
     again = await site.join()
     assert [(f.version, f.contributed) for f in again.fragments] == [(1, 0), (0, -1)]
+
+
+async def test_sites_with_different_torch_versions_train_in_one_run(
+    fleet: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What must agree is the layout and the fingerprint; software is for the operator's eyes."""
+    caplog.set_level(logging.INFO)
+    eu, us = fleet.site("eu"), fleet.site("us")
+    for site, torch in ((eu, "2.13.0+cu130"), (us, "2.7.1.post2+cpu")):
+        answer = await site.ask("POST", "/v1/join", site.joining(software={"torch": torch}))
+        site.session = unpack(Joined, answer.body).session
+        assert f"site {site.name} joins (torch {torch})" in caplog.messages
+    for state in ("ready", "training"):
+        for site in (eu, us):
+            await site.beat(state)
+    assert (await eu.contribute(0, 0)).version == (await us.contribute(0, 0)).version == 1
+    await us.published(0, 1)
 
 
 async def test_a_site_that_only_looks_does_not_join(fleet: Any) -> None:

@@ -44,6 +44,17 @@ def test_fewer_others_are_no_measure(others: dict[str, int]) -> None:
     assert claims.credible(claimed("a", 10**18, steps=0), 0.0, None).tokens == 0, "which would cost no credit"
 
 
+def test_the_learners_of_a_site_are_one_witness_and_none_against_each_other() -> None:
+    claims = Claims(10, 2)
+    for site, count in {"liar~a": 1, "liar~b": 1, "liar~c": 1, "b": 100}.items():
+        claims.note(claimed(site, count))
+    assert claims.credible(claimed("d", 10**6), 0.0, None).tokens == 10**6, "two others say something"
+    claims.note(claimed("c~x", 100))
+    assert claims.credible(claimed("d", 10**6), 0.0, None).tokens == APART * 100
+    assert claims.credible(claimed("liar~a", 10**6), 0.0, None).tokens == 10**6, "and only two beside this one"
+    assert claims.tokens_per_step("d") == 10.0
+
+
 def test_no_contribution_stands_for_more_than_so_many_cycles() -> None:
     claims = Claims(10, 2, sequence_tokens=64)
     found = claims.credible(claimed("a", 10**18, steps=10**15), 0.0, None)

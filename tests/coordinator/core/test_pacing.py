@@ -57,5 +57,11 @@ def test_one_absurd_speed_changes_no_other_pace(absurd: float, steps: int) -> No
     assert found == {**paces(honest, steps), "liar": steps}
 
 
+def test_the_learners_of_a_site_have_one_voice_about_what_is_absurd() -> None:
+    honest = {"a": 1.0, "b": 2.0, "c": 1.5}
+    learners = {f"liar~{n}": 1e9 for n in range(9)}
+    assert paces({**honest, **learners}, 50) == {**paces(honest, 50), **dict.fromkeys(learners, 50.0)}
+
+
 def test_of_two_that_are_absurdly_far_apart_neither_is_slowed_down_by_the_other() -> None:
     assert paces({"a": 1.0, "b": 1e9}, 50) == {"a": 50.0, "b": 50.0}

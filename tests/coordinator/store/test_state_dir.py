@@ -20,6 +20,7 @@ from shared.fragments import Layout
 from shared.sharding import WHOLE, Slice
 from tests.support.peak import peak_of
 
+FACTS = {"tokenizer": "91bc"}
 LAYOUT = Layout.from_wire([[("a", [3])], [("b", [2, 2])]])
 
 
@@ -36,7 +37,7 @@ def config(**tables: dict[str, Any]) -> RunConfig:
 
 def initial() -> Initial:
     values = {"a": 1.0, "b": 2.0}
-    return Initial(LAYOUT, lambda f: np.full(f.size, values[f.tensors[0].name], np.float32), ["b"], 64)
+    return Initial(LAYOUT, lambda f: np.full(f.size, values[f.tensors[0].name], np.float32), ["b"], 64, FACTS)
 
 
 def adopted(path: Path, run: RunConfig, own: Slice = WHOLE) -> str:
@@ -196,6 +197,15 @@ def test_what_may_change_within_a_run_may_change_at_a_restart(
     assert adopted(tmp_path, config(**changed)) == run
     store = StateDir(tmp_path, read_only=True)
     assert store.config == config(**changed)
+    store.close()
+
+
+def test_what_the_task_said_as_the_run_began_stays_the_runs(tmp_path: Path) -> None:
+    """A start after that does not ask the task: it may not be here, nor its files."""
+    adopted(tmp_path, config())
+    store = StateDir.hold(tmp_path)
+    store.adopt_run(config(), tmp_path, lambda: pytest.fail("the task was asked"))
+    assert (store.fingerprint, store.sequence_tokens, store.embeddings) == (FACTS, 64, {"b"})
     store.close()
 
 
