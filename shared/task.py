@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from shared.errors import ConfigError
 
 ENTRY_POINT_GROUP = "isthmus.tasks"
+PATH_OPTIONS = ("paths",)
 Batch = Any
 """One inner step's input; only the task that made it looks inside."""
 
@@ -58,6 +59,9 @@ class Manifest:
 class Task(ABC):
     """A model and its data. Subclasses read their own options (the `[task]` table, then `[data]`)."""
 
+    path_options: ClassVar[tuple[str, ...]] = PATH_OPTIONS
+    """Options that are paths, or lists of them: they count from the directory of the config file they stand in."""
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
 
@@ -90,6 +94,16 @@ class Task(ABC):
         cannot say; sites are then compared with each other."""
         return None
 
+    def fingerprint(self) -> Mapping[str, str]:
+        """Facts that must be the same at every site and that the tensor layout does not show, such as the digest of a
+        tokenizer."""
+        return {}
+
+    def pretrained(self, directory: Path) -> nn.Module | None:
+        """The model with the weights of this directory, where they are under other names there than in the model; None
+        where the task knows no other names. Raises ConfigError where they do not fit."""
+        return None
+
     def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
         """`prompt` continued by `tokens` sampled tokens. Raises ConfigError where the task has no text."""
         raise ConfigError(f"task {type(self).__name__} does not generate text; sample another run")
@@ -120,7 +134,7 @@ def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) ->
     if missing:
         raise ConfigError(f"[task] use: {use!r} lacks {', '.join(missing)}; see Task in shared/task.py")
     try:
-        return cls(_absolute(options, base or Path()))
+        return cls(_absolute(options, getattr(cls, "path_options", PATH_OPTIONS), base or Path()))
     except ConfigError:
         raise
     except Exception as error:  # a task's own code; its fault is told as such
@@ -142,18 +156,19 @@ def build_model(task: Any, seed: int) -> nn.Module:
     return model
 
 
-def _absolute(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """The options with `paths` counted from `base`, the directory of the config file that they stand in."""
+def _absolute(options: Mapping[str, Any], keys: Iterable[str], base: Path) -> dict[str, Any]:
+    """The options, those of `keys` counted from `base`, the directory of the config file that they stand in."""
 
     def absolute(path: str) -> str:
         return str(base.resolve() / Path(path).expanduser())
 
     resolved = dict(options)
-    match resolved.get("paths"):
-        case str(one) if one:
-            resolved["paths"] = absolute(one)
-        case list(many) if all(isinstance(each, str) for each in many):
-            resolved["paths"] = [absolute(each) for each in many]
+    for key in keys:
+        match resolved.get(key):
+            case str(one) if one:
+                resolved[key] = absolute(one)
+            case list(many) if all(isinstance(each, str) for each in many):
+                resolved[key] = [absolute(each) for each in many]
     return resolved
 
 
