@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from shared.task import ENTRY_POINT_GROUP, Shard, build_model
-from site_agent.tasks import byte_lm
+from site_agent.tasks import sampling
 from site_agent.tasks.byte_lm import ByteLM
 
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "context": 16}
@@ -275,7 +275,7 @@ def test_options_reach_the_text(tmp_path: Path) -> None:
     t = task(paths=str(tmp_path / "a.txt"), block_bytes=50, held_out=0.25, eval_batches=3, context=24)
     assert next(t.train_batches(Shard(1, 2), 5)).shape == (5, 25)
     assert [tuple(batch.shape) for batch in t.eval_batches(7)] == [(7, 25)] * 3
-    assert len(t._opened().held_out.starts) == 32
+    assert len(t._text.held_out.starts) == 32
     with pytest.raises(ConfigError, match="too few for 100 shards"):
         t.train_batches(Shard(0, 100), 4)
     local = task(paths=str(tmp_path / "a.txt"), partition="local", block_bytes=50)
@@ -303,7 +303,7 @@ def test_a_sample_needs_no_prompt_and_may_be_longer_than_the_context() -> None:
 
 
 def test_a_sample_has_as_many_bytes_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_lm, "TOP_K", 1)
+    monkeypatch.setattr(sampling, "TOP_K", 1)
     t = task()
     model = build_model(t, 0)
     with torch.no_grad():  # a model that always says "a" under the tied head
