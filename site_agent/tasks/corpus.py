@@ -80,7 +80,8 @@ class Corpus:
         digest = xxhash.xxh3_128(seed.encode())
         for start in range(0, len(self), PIECE):
             for piece in self.pieces(start, min(start + PIECE, len(self))):
-                digest.update(np.ascontiguousarray(piece, dtype="u1" if self.vocabulary == BYTES else "<u4"))
+                kept = np.ascontiguousarray(piece, dtype="u1" if self.vocabulary == BYTES else "<u4")
+                digest.update(kept.data)
         return digest.hexdigest()
 
 

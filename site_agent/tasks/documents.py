@@ -6,7 +6,6 @@ They come in pieces and are never whole in memory, unless a row is. JSONL and Pa
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +51,13 @@ def _plain(path: Path) -> Iterator[Piece]:
 
 
 def _rows(path: Path, kind: str, text_key: str) -> Iterator[Piece]:
-    # The library leaves lock files where it could have put something.
     with tempfile.TemporaryDirectory(prefix="isthmus-") as scratch:
+        # The library takes some names for patterns or addresses, and leaves lock files where it may put something.
+        suffixes = (*JSON_SUFFIXES, *PARQUET_SUFFIXES)
+        plain = Path(scratch) / f"rows{next(suffix for suffix in suffixes if path.name.lower().endswith(suffix))}"
+        plain.symlink_to(path.resolve())
         try:
-            for number, row in enumerate(_stream(path, kind, text_key, scratch), start=1):
+            for number, row in enumerate(_stream(plain, kind, text_key), start=1):
                 text = row.get(text_key)
                 if not isinstance(text, str):
                     raise ConfigError(
@@ -63,6 +65,11 @@ def _rows(path: Path, kind: str, text_key: str) -> Iterator[Piece]:
                         f"{', '.join(map(str, row))}); correct the row, or name the key with text_key"
                     )
                 yield text, True
+        except KeyError as error:
+            raise ConfigError(
+                f"[data] paths: {path} has no column {text_key!r} (its columns: {error.args[0]}); name the one that "
+                "holds the text with text_key"
+            ) from None
         except (ConfigError, GeneratorExit):
             raise
         except Exception as error:  # whatever the library and those below it raise of a file that is not what it says
@@ -70,17 +77,14 @@ def _rows(path: Path, kind: str, text_key: str) -> Iterator[Piece]:
             raise ConfigError(f"[data] paths: {path} cannot be read as {kind}: {said}; correct the file") from error
 
 
-def _stream(path: Path, kind: str, text_key: str, scratch: str) -> Any:
-    """Rows as dicts."""
+def _stream(path: Path, kind: str, text_key: str) -> Any:
+    """Rows as dicts. Raises KeyError with the columns where there are columns and `text_key` is none of them."""
     library("datasets")
-    name = glob.escape(str(path))  # it would take a name with brackets for a pattern
+    options = {"streaming": True, "cache_dir": str(path.parent)}
     if kind == "json":
-        return library("datasets.io.json").JsonDatasetReader(name, streaming=True, cache_dir=scratch).read()
+        return library("datasets.io.json").JsonDatasetReader(str(path), **options).read()
     reader = library("datasets.io.parquet").ParquetDatasetReader
-    whole = reader(name, streaming=True, cache_dir=scratch).read()
-    if text_key not in whole.column_names:
-        raise ConfigError(
-            f"[data] paths: {path} has no column {text_key!r} (its columns: {', '.join(whole.column_names)}); "
-            "name the one that holds the text with text_key"
-        )
-    return reader(name, streaming=True, cache_dir=scratch, columns=[text_key]).read()
+    columns = reader(str(path), **options).read().column_names
+    if text_key not in columns:
+        raise KeyError(", ".join(columns))
+    return reader(str(path), columns=[text_key], **options).read()

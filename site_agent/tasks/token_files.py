@@ -167,7 +167,7 @@ def _kept(directory: Path) -> tuple[str, Tokens] | None:
 def _digest(arrays: Iterable[Tokens]) -> str:
     digest = xxhash.xxh3_128()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -199,8 +199,8 @@ def _make(directory: Path, files: Sequence[DataFile], tokenizer: Tokenizer, text
             _header(out, dtype, 0)
             for ids in _batches(files, tokenizer, text_key):
                 array = np.fromiter(itertools.chain.from_iterable(ids), dtype=dtype)
-                digest.update(array)
-                out.write(array)
+                digest.update(array.data)
+                out.write(array.data)
                 count += len(array)
             _header(out, dtype, count)
         return f"{digest.hexdigest()}.npy"
