@@ -2,14 +2,15 @@
 
 At most the model as its task builds it and one fragment are in memory: weights are flattened, and read from files,
 fragment by fragment. Where they come from files the model is needed for its names and shapes alone, and is built
-without memory for its weights (torch's device "meta"), if its task can do that.
+without memory for its weights (torch's device "meta"), if its task can do that. Files that have tensors under other
+names than the model are left to the task, which reads them whole.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,17 @@ def initial_weights(config: RunConfig, base: Path) -> Initial:
         raise ConfigError(f"[task] use: the model of {config.task.use!r} has no parameters")
     specs = [TensorSpec(name, tuple(tensor.shape)) for name, tensor in parameters.items()]
     layout = build_layout(specs, config.rounds.fragments, config.rounds.layout)
-    named: Named = parameters.__getitem__
-    if config.run.init:
-        named = _from_files(base / Path(config.run.init).expanduser(), layout)
-    embedded = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
-    }
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     embeddings = [name for name, parameter in model.named_parameters() if id(parameter) in embedded]
     # Tasks may be any class with the three methods that are required; this one is not.
     sequence_tokens = getattr(task, "sequence_tokens", lambda: None)()
     if sequence_tokens is not None and not (isinstance(sequence_tokens, int) and sequence_tokens > 0):
         raise ConfigError(f"[task] use: sequence_tokens of {config.task.use!r} is {sequence_tokens!r}, not a count")
     fingerprint = fingerprint_of(task)
+    named: Named = parameters.__getitem__
+    if config.run.init:
+        del model, parameters
+        named = _from_files(base / Path(config.run.init).expanduser(), layout, task)
     return Initial(layout, lambda fragment: _flat(fragment, named), embeddings, sequence_tokens, fingerprint)
 
 
@@ -84,8 +82,9 @@ def _fp32(tensor: Tensor) -> F32:
     return array
 
 
-def _from_files(path: Path, layout: Layout) -> Named:
-    """The run's tensors out of a safetensors file or a directory of them, each read when it is asked for."""
+def _from_files(path: Path, layout: Layout, task: Any) -> Named:
+    """The run's tensors out of a safetensors file or a directory of them, each read when it is asked for. Where some
+    are not there by their names, the task is asked for the whole model."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -97,12 +96,17 @@ def _from_files(path: Path, layout: Layout) -> Named:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"[run] init: {path} cannot be read: {error}") from None
     if not where:
-        raise ConfigError(f"[run] init: {path} holds no safetensors file")
+        raise ConfigError(
+            f"[run] init: {path} holds no safetensors file, and others are not read; save_pretrained writes one"
+        )
     wanted = [tensor.name for fragment in layout.fragments for tensor in fragment.tensors]
-    try:
-        layout.check_model([TensorSpec(name, shapes[name]) for name in wanted if name in where])
-    except ConfigError as error:
-        raise ConfigError(f"[run] init: {path} does not fit the task: {error}") from None
+    if path.is_dir() and any(name not in where for name in wanted) and (model := _pretrained(task, path)):
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        _check(path, layout, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
+        return parameters.__getitem__
+    _check(path, layout, shapes)
+    if left := sorted(where.keys() - wanted):
+        log.warning("%s: %d tensors are not the model's and are left out, the first is %s", path, len(left), left[0])
 
     def named(name: str) -> Tensor:
         try:
@@ -113,3 +117,21 @@ def _from_files(path: Path, layout: Layout) -> Named:
             raise ConfigError(f"[run] init: {where[name]} cannot be read: {error}") from None
 
     return named
+
+
+def _pretrained(task: Any, path: Path) -> nn.Module | None:
+    """`task.pretrained(path)`, where the task has such a thing."""
+    model: nn.Module | None = task.pretrained(path) if hasattr(task, "pretrained") else None
+    return model
+
+
+def _check(path: Path, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError naming the first of the layout's tensors that is not among `shapes` as it should be."""
+    for tensor in (tensor for fragment in layout.fragments for tensor in fragment.tensors):
+        there = shapes.get(tensor.name)
+        if there != tensor.shape:
+            how = "is not there" if there is None else f"is {list(there)} there"
+            raise ConfigError(
+                f"[run] init: {path} does not fit the task: tensor {tensor.name} {how} and {list(tensor.shape)} in the "
+                "model; name weights that were saved from this model"
+            )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from shared.protocol import FACT_NAME, FACT_VALUE, MOST_FACTS
 
 ENTRY_POINT_GROUP = "isthmus.tasks"
 SHOWN = 12
+PATH_OPTIONS = ("paths",)
 Batch = Any
 """One inner step's input; only the task that made it looks inside."""
 
@@ -59,6 +60,9 @@ class Manifest:
 
 class Task(ABC):
     """A model and its data. Subclasses read their own options (the `[task]` table, then `[data]`)."""
+
+    path_options: ClassVar[tuple[str, ...]] = PATH_OPTIONS
+    """Options that are paths, or lists of them: they count from the directory of the config file they stand in."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
@@ -96,6 +100,11 @@ class Task(ABC):
         """Facts that must be the same at every site and that the tensors' shapes do not show, such as the digest of a
         tokenizer, by a name for each: at most 16 of them, names of up to 32 characters, values of up to 128."""
         return {}
+
+    def pretrained(self, directory: Path) -> nn.Module | None:
+        """The model with the weights of this directory, where they are under other names there than in the model; None
+        where the task knows no other names. Raises ConfigError where they do not fit."""
+        return None
 
     def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
         """`prompt` continued by `tokens` sampled tokens. Raises ConfigError where the task has no text."""
@@ -168,7 +177,7 @@ def load_task(use: str, options: Mapping[str, Any], base: Path | None = None) ->
     if missing:
         raise ConfigError(f"[task] use: {use!r} lacks {', '.join(missing)}; see Task in shared/task.py")
     try:
-        return cls(_absolute(options, base or Path()))
+        return cls(_absolute(options, getattr(cls, "path_options", PATH_OPTIONS), base or Path()))
     except ConfigError:
         raise
     except Exception as error:  # a task's own code; its fault is told as such
@@ -190,18 +199,19 @@ def build_model(task: Any, seed: int) -> nn.Module:
     return model
 
 
-def _absolute(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """The options with `paths` counted from `base`, the directory of the config file that they stand in."""
+def _absolute(options: Mapping[str, Any], keys: Iterable[str], base: Path) -> dict[str, Any]:
+    """The options, those of `keys` counted from `base`, the directory of the config file that they stand in."""
 
     def absolute(path: str) -> str:
         return str(base.resolve() / Path(path).expanduser())
 
     resolved = dict(options)
-    match resolved.get("paths"):
-        case str(one) if one:
-            resolved["paths"] = absolute(one)
-        case list(many) if all(isinstance(each, str) for each in many):
-            resolved["paths"] = [absolute(each) for each in many]
+    for key in keys:
+        match resolved.get(key):
+            case str(one) if one:
+                resolved[key] = absolute(one)
+            case list(many) if all(isinstance(each, str) for each in many):
+                resolved[key] = [absolute(each) for each in many]
     return resolved
 
 

@@ -29,6 +29,8 @@ from shared.sharding import WHOLE, Slice
 
 log = logging.getLogger(__name__)
 
+PLACES = ("paths", "cache")
+"""Options of a task that say where its data are, and not what is trained."""
 SHARD, COUNT = "--shard", "the number of [run] coordinators"
 """What the identity of one of several coordinators has, and that of a single one has not."""
 
@@ -250,9 +252,9 @@ def _save_initial(checkpoints: Checkpoints, fragment: Fragment, weights: F32) ->
 
 
 def identity_of(config: RunConfig, own: Slice) -> dict[str, Any]:
-    """What cannot change within a run's life; everything else may be changed at a restart. Paths of a task's
-    data are not part of what is trained, nor where coordinators can be reached of who they are."""
-    task = {f"[task] {key}": value for key, value in config.task.options().items() if key != "paths"}
+    """What cannot change within a run's life; everything else may be changed at a restart. Where a task's
+    data are is not part of what is trained, nor where coordinators can be reached of who they are."""
+    task = {f"[task] {key}": value for key, value in config.task.options().items() if key not in PLACES}
     return {
         "[run] name": config.run.name,
         "[run] seed": config.run.seed,

@@ -1,40 +1,37 @@
-"""`byte-lm`: a small Llama on bytes. Any text file will do: there is no tokenizer to train or to ship.
+"""`byte-lm`: a small Llama on bytes, or on the tokens of a tokenizer. Any text file will do.
 
 Bytes cost longer sequences than subwords, in exchange for a vocabulary of 256 (the embedding table of
-a small model stays small) and a loss that means the same on every text: nats per byte.
+a small model stays small), no tokenizer to train or to ship, and a loss that means the same on every text: nats per
+byte. With `tokenizer`, all that counts bytes counts its tokens.
 
-The model is LlamaForCausalLM to the letter: its parameter names, its rotate-half rotary positions, its
-norms. What a run has trained therefore opens in Hugging Face transformers, vLLM or llama.cpp with the
-`config.json` that `hf_files` writes, and no conversion. The price is that q, k and v are three
-matrices, where one fused matrix would be a little faster.
+What a run has trained opens in Hugging Face transformers, vLLM or llama.cpp with the files that `hf_files` writes
+(`llama.py` says why).
 
 The text is opened at the first use, not in `__init__`: a coordinator builds the same task for its
-initial weights and has no text.
+initial weights and has no text. The tokenizer it has: it decides how large the model is.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from shared.errors import ConfigError
 from shared.task import BatchStream, Manifest, Shard, Task
-from site_agent.tasks.text import Partition, Text, WindowStream, open_text
-
-VOCABULARY = 256
-NORM_EPS = 1e-5
-ROPE_THETA = 10_000.0
-INIT_STD = 0.02
-TEMPERATURE = 0.8
-TOP_K = 40
+from site_agent.tasks.corpus import BYTES, read_bytes
+from site_agent.tasks.llama import INIT_STD, NORM_EPS, ROPE_THETA, Llama, Shape
+from site_agent.tasks.options import Partition, validated
+from site_agent.tasks.sampling import continued, continued_text
+from site_agent.tasks.text import Text, WindowStream, cut
+from site_agent.tasks.token_files import read_tokens
+from site_agent.tasks.token_loss import token_loss
+from site_agent.tasks.tokenizer import Tokenizer, load_tokenizer
 
 
 class ByteLMOptions(BaseModel):
@@ -51,6 +48,7 @@ class ByteLMOptions(BaseModel):
         None, ge=1, le=2**20, description="the MLP's inner width, a whole number from 1 (absent: 8/3 of width)"
     )
     tie_embeddings: bool = Field(True, description="true or false")
+    tokenizer: str = Field("", description='a tokenizer.json, or a directory that has one (absent or "": bytes)')
     held_out: float = Field(0.05, gt=0, lt=1, description="the held-out share of the text, between 0 and 1")
     block_bytes: int = Field(16_384, ge=2, le=2**40, description="a whole number above context")
     partition: Partition = Field("sharded", description='"sharded", "contiguous", "local" or "leased"')
@@ -65,8 +63,8 @@ class ByteLMOptions(BaseModel):
             )
         if self.block_bytes <= self.context:
             raise ValueError(
-                f"[task] block_bytes: {self.block_bytes} holds no window of context + 1 = {self.context + 1} bytes; "
-                f"give {self.context + 1} or more, or a smaller context"
+                f"[task] block_bytes: {self.block_bytes} holds no window of context + 1 = {self.context + 1} "
+                f"{'tokens' if self.tokenizer else 'bytes'}; give {self.context + 1} or more, or a smaller context"
             )
         return self
 
@@ -76,80 +74,81 @@ class ByteLMOptions(BaseModel):
 
 
 class ByteLM(Task):
-    """Next-byte prediction on text files. Batches are (B, T+1) int64 bytes, T the context."""
+    """Next-byte or next-token prediction on text files. Batches are (B, T+1) int64, T the context."""
+
+    path_options = ("paths", "tokenizer")
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises ConfigError for unknown keys and for values that will not do."""
         super().__init__(options)
-        try:
-            self.settings = ByteLMOptions.model_validate(self.options)
-        except ValidationError as error:
-            raise ConfigError(_sentence(error)) from None
-        self._text: Text | None = None
+        self.settings = validated(ByteLMOptions, self.options, "byte-lm")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the model reads bytes. Raises ConfigError, also where the library is not installed."""
+        return load_tokenizer(Path(self.settings.tokenizer)) if self.settings.tokenizer else None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.vocabulary if self.tokenizer else BYTES
 
     def build_model(self) -> nn.Module:
         """fp32 weights, N(0, 0.02²); the projections back into the residual stream 1/√(2·layers) of that."""
-        return ByteLlama(self.settings)
+        s = self.settings
+        return Llama(
+            Shape(self.vocabulary, s.width, s.layers, s.heads, s.mlp_width(), s.context, tied=s.tie_embeddings)
+        )
 
     def train_batches(self, shard: Shard, batch_size: int) -> BatchStream:
         """(B, T+1) int64 batches of this shard's training windows. Raises ConfigError without enough text."""
-        text = self._opened()
-        return WindowStream(text, text.training_parts(shard, self.settings.partition), shard, batch_size)
+        parts = self._text.training_parts(shard, self.settings.partition)
+        return WindowStream(self._text, parts, shard, batch_size)
 
     def manifest(self) -> Manifest | None:
         """The training windows by blocks, with `partition = "leased"`."""
-        return self._opened().manifest() if self.settings.partition == "leased" else None
+        return self._text.manifest() if self.settings.partition == "leased" else None
 
     def leased_batch(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
         """(B, T+1) int64."""
-        return self._opened().pick(sequences)
+        return self._text.pick(sequences)
 
     def eval_batches(self, batch_size: int) -> Iterable[Tensor]:
         """Up to `eval_batches` batches (B, T+1) int64, the last one perhaps smaller, evenly over the held-out text.
 
         The same at every site that has the same text; with `partition = "local"`, of the site's own text.
         """
-        return self._opened().held_out_batches(batch_size, self.settings.eval_batches)
+        return self._text.held_out_batches(batch_size, self.settings.eval_batches)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-        """Mean cross entropy in nats per byte, and the B·T bytes that it counts."""
+        """Mean cross entropy in nats per byte or token, and the B·T of them that it counts."""
         batch = batch.to(next(model.parameters()).device, non_blocking=True)
-        targets = batch[:, 1:].reshape(-1)  # (B*T,)
-        logits: Tensor = model(batch[:, :-1])  # (B, T, 256)
-        return F.cross_entropy(logits.float().view(-1, VOCABULARY), targets), targets.numel()
+        targets = batch[:, 1:]  # (B, T)
+        return token_loss(model(batch[:, :-1]), targets), targets.numel()
 
     def sequence_tokens(self) -> int:
-        """T: every byte of a window is a target."""
+        """T: every byte or token of a window is a target."""
         return self.settings.context
 
-    @torch.no_grad()
-    def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
-        """`prompt` and `tokens` further bytes, as text; bytes that are no UTF-8 become U+FFFD.
+    def fingerprint(self) -> Mapping[str, str]:
+        """The tokenizer's."""
+        return self.tokenizer.fingerprint() if self.tokenizer else {}
 
-        Every byte recomputes the whole window. That is slow for long texts, in exchange for no cache to
-        keep in step with the model; a person who looks at a sample asks for a few hundred bytes. The model
-        has no dropout: it samples the same in training and evaluation mode, and stays in the one it is in.
-        """
-        device = next(model.parameters()).device
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    def generate(self, model: nn.Module, prompt: str, tokens: int, seed: int) -> str:
+        """`prompt` and `tokens` further bytes or tokens, as text; bytes that are no UTF-8 become U+FFFD."""
+        context = self.settings.context
+        if self.tokenizer:
+            return continued_text(self.tokenizer, model, model, prompt, tokens, context, seed)
         start = prompt.encode("utf-8", errors="replace") or b"\n"
-        text = torch.tensor([list(start)])  # (1, N)
-        for _ in range(tokens):
-            window = text[:, -self.settings.context :].to(device)
-            logits = model(window)[0, -1].float().cpu() / TEMPERATURE  # (256,)
-            top, choices = logits.topk(TOP_K)
-            drawn = choices[torch.multinomial(top.softmax(-1), 1, generator=generator)]
-            text = torch.cat((text, drawn[None]), dim=1)
-        written = bytes(text[0].tolist())
+        written = bytes(continued(model, model, list(start), tokens, context, seed))
         return (written if prompt else written[1:]).decode("utf-8", errors="replace")
 
     def hf_files(self) -> dict[str, bytes]:
-        """`config.json` of the LlamaForCausalLM that has these weights."""
-        s = self.settings
+        """`config.json` of the LlamaForCausalLM that has these weights, and the tokenizer's files."""
+        s, tokenizer = self.settings, self.tokenizer
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": VOCABULARY,
+            "vocab_size": self.vocabulary,
             "hidden_size": s.width,
             "intermediate_size": s.mlp_width(),
             "num_hidden_layers": s.layers,
@@ -164,133 +163,14 @@ class ByteLM(Task):
             "tie_word_embeddings": s.tie_embeddings,
             "initializer_range": INIT_STD,
             "torch_dtype": "float32",
-            "bos_token_id": None,
-            "eos_token_id": None,
+            "bos_token_id": tokenizer.beginning.id if tokenizer and tokenizer.beginning else None,
+            "eos_token_id": tokenizer.end.id if tokenizer and tokenizer.end else None,
         }
-        return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        files = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        return files | (tokenizer.minimal_files(s.context) if tokenizer else {})
 
-    def _opened(self) -> Text:
-        if self._text is None:
-            s = self.settings
-            self._text = open_text(s.paths, s.context, s.block_bytes, s.held_out)
-        return self._text
-
-
-class ByteLlama(nn.Module):
-    """Bytes (B, T) int64 to logits (B, T, 256), T up to the context. Parameters named as in LlamaForCausalLM."""
-
-    def __init__(self, settings: ByteLMOptions) -> None:
-        super().__init__()
-        self.model = _Decoder(settings)
-        if not settings.tie_embeddings:
-            self.lm_head = nn.Linear(settings.width, VOCABULARY, bias=False)
-        self.tied = settings.tie_embeddings
-        residual_std = INIT_STD / math.sqrt(2 * settings.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=residual_std if into_residual else INIT_STD)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        head = self.model.embed_tokens if self.tied else self.lm_head
-        return F.linear(self.model(tokens), head.weight)
-
-
-class _Decoder(nn.Module):
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, settings: ByteLMOptions) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, settings.width)
-        self.layers = nn.ModuleList(_Layer(settings) for _ in range(settings.layers))
-        self.norm = nn.RMSNorm(settings.width, eps=NORM_EPS)
-        cos, sin = _rotary_tables(settings.context, settings.width // settings.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)  # (B, T, C)
-        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # (T, 1, D)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        normed: Tensor = self.norm(x)
-        return normed
-
-
-class _Layer(nn.Module):
-    def __init__(self, settings: ByteLMOptions) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(settings.width, eps=NORM_EPS)
-        self.self_attn = _Attention(settings.width, settings.heads)
-        self.post_attention_layernorm = nn.RMSNorm(settings.width, eps=NORM_EPS)
-        self.mlp = _MLP(settings.width, settings.mlp_width())
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        mlp: Tensor = self.mlp(self.post_attention_layernorm(x))
-        return x + mlp
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shape = (x.shape[0], x.shape[1], self.heads, -1)
-        q = _rotate(self.q_proj(x).view(shape), cos, sin).transpose(1, 2)  # (B, heads, T, D)
-        k = _rotate(self.k_proj(x).view(shape), cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(x.shape))
-        return out
-
-
-class _MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-def _rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, 1, D) fp32, for `_rotate` (Su et al. 2021, arXiv:2104.09864).
-
-    Dimension d turns together with d + D/2, as in Llama. The sign of rotate-half's first half is folded
-    into sin: rotate_half(x)·sin is then roll(x, D/2)·sin, one operation in place of three.
-    """
-    frequency = ROPE_THETA ** -(torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)  # (D/2,)
-    angle = torch.arange(context, dtype=torch.float32)[:, None] * frequency  # (T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, heads, D) turned by its position, in x's own dtype."""
-    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints, as one sentence that names the key and what would do."""
-    first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # a combination: its message is already a sentence
-        return str(first["ctx"]["error"])
-    key = str(first["loc"][0])
-    fields = ByteLMOptions.model_fields
-    if key not in fields:
-        near = difflib.get_close_matches(key, list(fields), n=1)
-        way_out = f'did you mean "{near[0]}"?' if near else f"its keys are {', '.join(fields)}"
-        return f"[task] or [data] {key}: byte-lm has no such key; {way_out}"
-    return f"[task] or [data] {key}: {first['input']!r} will not do; give {fields[key].description}"
+    @cached_property
+    def _text(self) -> Text:
+        s = self.settings
+        corpus = read_tokens(s.paths, self.tokenizer, self.vocabulary) if self.tokenizer else read_bytes(s.paths)
+        return cut(corpus, s.context, s.block_bytes, s.held_out)

@@ -1,12 +1,12 @@
-"""Text files as training windows: one array of bytes, a held-out split, disjoint shards, an exact restart.
+"""A corpus as training windows: a held-out split, disjoint shards, an exact restart.
 
-The text is cut into contiguous blocks, and blocks are what is dealt out: some to the held-out set, the
-others in turn to the shards. Dealing single windows would mix more finely, in exchange for windows of
-different shards that overlap as soon as an epoch shifts them. Inside its own blocks a shard may cut
-windows wherever it likes; it sees a byte of another shard only once it has been through its own, and
-never one of the held-out set.
+Positions count tokens, which are bytes where a text is not tokenised. The corpus is cut into contiguous
+blocks, and blocks are what is dealt out: some to the held-out set, the others in turn to the shards.
+Dealing single windows would mix more finely, in exchange for windows of different shards that overlap
+as soon as an epoch shifts them. Inside its own blocks a shard may cut windows wherever it likes; it
+sees a token of another shard only once it has been through its own, and never one of the held-out set.
 
-Nothing here depends on where the files lie, only on their relative order and their bytes: sites that
+Nothing here depends on where the files lie, only on the tokens in their order: sites that
 have the same text agree on every block without exchanging a word about it.
 """
 
@@ -16,35 +16,28 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 
 from shared.errors import ConfigError
 from shared.task import Manifest, Shard
+from site_agent.tasks.corpus import Corpus, Ints
+from site_agent.tasks.options import Partition
 
-SUFFIXES = (".txt", ".md")
 MOST_SHARDS, LEAST_WINDOWS = 1024, 64
 """A text is leased in shards of several blocks where it is long, or its blocks hold few windows: what a site trains in
 a cycle should be few shards."""
 LEAST_BLOCKS = 64
 """A small text is cut into at least so many blocks, so that it still splits among several sites."""
 
-DIGEST_BYTES = 1 << 20
-
-Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
-Partition = Literal["sharded", "contiguous", "local", "leased"]
-
 
 @dataclass(frozen=True)
 class Blocks:
-    """Byte ranges of the text, `starts` up to but not including `ends`, both (N,) int64 in bytes."""
+    """Ranges of the text, `starts` up to but not including `ends`, both (N,) int64 in tokens."""
 
     starts: Ints
     ends: Ints
@@ -63,9 +56,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus and its split. `window` is context + 1 bytes: inputs, and targets one further on."""
+    """A corpus and its split. `window` is context + 1 tokens: inputs, and targets one further on."""
 
-    corpus: Bytes
+    corpus: Corpus
     window: int
     train: Blocks
     held_out: Blocks
@@ -86,8 +79,8 @@ class Text:
         blocks = len(self.train.starts)
         if blocks < shard.count:
             raise ConfigError(
-                f"[data] paths: {len(self.corpus)} bytes of text make {blocks} training blocks, too few for "
-                f"{shard.count} shards; add text, or set a smaller block_bytes or context"
+                f"[data] paths: {len(self.corpus)} {self.corpus.unit} make {blocks} training blocks, too few for "
+                f"{shard.count} shards; add text, or set smaller blocks or a smaller context"
             )
         if partition == "contiguous":
             own = slice(shard.index * blocks // shard.count, (shard.index + 1) * blocks // shard.count)
@@ -106,10 +99,8 @@ class Text:
 
     def manifest(self) -> Manifest:
         """The shards' sizes in windows; the digest is of the text itself."""
-        digest = xxhash.xxh3_128(f"{len(self.corpus)} {self.window} {len(self.train.starts)}".encode())
-        for start in range(0, len(self.corpus), DIGEST_BYTES):
-            digest.update(self.corpus[start : start + DIGEST_BYTES].tobytes())
-        return Manifest(digest.hexdigest(), [len(shard) for shard in self.shards])
+        digest = self.corpus.digest(f"{len(self.corpus)} {self.window} {len(self.train.starts)}")
+        return Manifest(digest, [len(shard) for shard in self.shards])
 
     def pick(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
         """The windows (shard, index), (B, window) int64."""
@@ -124,15 +115,14 @@ class Text:
 
     def gather(self, starts: Ints) -> Tensor:
         """The windows at `starts`, (B, window) int64."""
-        rows = self.corpus[starts[:, None] + np.arange(self.window)]  # (B, window) uint8
-        return torch.from_numpy(rows.astype(np.int64))
+        return torch.from_numpy(self.corpus.gather(starts, self.window))
 
 
 class WindowStream:
     """An endless `BatchStream` over the windows of the parts, one part an epoch in turn, each epoch in another order.
 
     Epoch e shuffles its windows under (seed, shard, e) and shifts each block's windows by a random part
-    of a window, so that the model is not shown the same cuts again; the bytes before the shift wait for
+    of a window, so that the model is not shown the same cuts again; the tokens before the shift wait for
     another epoch. All of it follows from the epoch's number. The whole state is therefore two integers,
     and a restart costs one shuffle, however far the run is. An epoch's order holds 8 bytes per window.
 
@@ -181,18 +171,17 @@ class WindowStream:
         self._epoch, self._position = epoch, position
 
 
-def open_text(paths: str | Sequence[str], context: int, block_bytes: int, held_out: float) -> Text:
-    """The text at `paths`, cut into blocks of `block_bytes` or more with a `held_out` share set apart.
+def cut(corpus: Corpus, context: int, block: int, held_out: float) -> Text:
+    """The corpus in blocks of `block` tokens or more, with a `held_out` share set apart.
 
-    A text of fewer than 64 such blocks gets shorter ones, down to one window of context + 1 bytes.
-    Raises ConfigError where files are missing or hold too little.
+    A text of fewer than 64 such blocks gets shorter ones, down to one window of context + 1 tokens.
+    Raises ConfigError where it is too short.
     """
-    corpus = read_corpus(paths)
     window = context + 1
-    count = len(corpus) // min(block_bytes, max(window, len(corpus) // LEAST_BLOCKS))
+    count = len(corpus) // min(block, max(window, len(corpus) // LEAST_BLOCKS))
     if count < 2:
         raise ConfigError(
-            f"[data] paths: {len(corpus)} bytes of text are too few for context = {context}, which needs "
+            f"[data] paths: {len(corpus)} {corpus.unit} are too few for context = {context}, which needs "
             f"{2 * window} (one window to train on, one held out); add text, or set a smaller context"
         )
     bounds = np.arange(count + 1, dtype=np.int64) * len(corpus) // count
@@ -206,53 +195,3 @@ def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.bool_]:
     mask = np.zeros(count, dtype=np.bool_)
     mask[(2 * np.arange(chosen) + 1) * count // (2 * chosen)] = True
     return mask
-
-
-def read_corpus(paths: str | Sequence[str]) -> Bytes:
-    """All files at `paths`, one after the other, (N,) uint8. One file is mapped, not read.
-
-    Raises ConfigError where a path names nothing, or where there is no text at all.
-    """
-    named = [paths] if isinstance(paths, str) else list(paths)
-    if not named:
-        raise ConfigError("[data] paths: not set; name a text file, a directory of *.txt or *.md, or a pattern")
-    files = list(dict.fromkeys(file for name in named for file in _files(name)))
-    try:
-        corpus = _map(files[0]) if len(files) == 1 else np.concatenate([_map(file) for file in files])
-    except OSError as error:
-        raise ConfigError(f"[data] paths: {error.filename} cannot be read ({error.strerror})") from error
-    if not len(corpus):
-        raise ConfigError(f"[data] paths: no text in {', '.join(map(repr, named))}; name files that are not empty")
-    return corpus
-
-
-def _map(file: Path) -> Bytes:
-    if not file.stat().st_size:  # an empty file cannot be mapped
-        return np.empty(0, dtype=np.uint8)
-    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
-
-
-def _files(name: str) -> list[Path]:
-    """The files that `name` stands for, resolved, in the order of their names."""
-    path = Path(name).expanduser()
-    if path.exists():
-        found = [path]
-    elif any(sign in name for sign in "*?["):
-        try:
-            found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        except ValueError as error:
-            raise ConfigError(f"[data] paths: {name!r} is no pattern ({error}); correct it") from error
-    else:
-        found = []
-    if not found:
-        raise ConfigError(f"[data] paths: no file, directory or pattern {name!r} in {Path.cwd()}; correct the path")
-    files = [file for place in found for file in (_in_directory(place) if place.is_dir() else [place])]
-    if not files:
-        raise ConfigError(f"[data] paths: no *.txt or *.md in {name!r} (from {Path.cwd()}); name one that has some")
-    return [file.resolve() for file in files]
-
-
-def _in_directory(directory: Path) -> list[Path]:
-    """Sorted by the path inside the directory: the directory's own place must not change the order."""
-    texts = (file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    return sorted(texts, key=lambda file: file.relative_to(directory).as_posix())

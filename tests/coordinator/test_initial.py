@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from coordinator.service import Coordinator
 from shared.config import RunConfig, parse
 from shared.errors import ConfigError
 from shared.fragments import F32
+from tests.support.tiny import GPT2, LLAMA, MIXTRAL, build, write_config
 
 TASK = """
 import torch
@@ -148,3 +150,59 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing(here:
     with pytest.raises(ConfigError, match="initial tensor head holds NaN or infinity"):
         asyncio.run(Coordinator.open(config(value=value), here / "state", here))
     assert not (here / "state").exists()
+
+
+HF = f"{Path(__file__).parents[2] / 'site_agent' / 'tasks' / 'hf_causal_lm.py'}:HFCausalLM"
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+def from_directory(init: str, model: Mapping[str, Any], base: Path) -> dict[str, F32]:
+    write_config(base / "task", model)
+    tables = {
+        "run": {"name": "initial", "tokens": 10, "init": init},
+        "task": {"use": HF, "model": "task", "context": 16},
+        "rounds": {"fragments": 2},
+    }
+    initial = initial_weights(parse(RunConfig, tables, "run.toml"), base)
+    arrays: dict[str, F32] = {}
+    for fragment in initial.layout.fragments:
+        arrays |= fragment.unflatten(initial.weights(fragment))
+    return arrays
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("kind", [LLAMA, TIED, GPT2, MIXTRAL], ids=["llama", "tied", "gpt2", "mixtral"])
+def test_they_come_from_what_save_pretrained_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Mapping[str, Any], shard: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("transformers")
+    model = build(kind)
+    model.save_pretrained(tmp_path / "weights", max_shard_size=shard)
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) > (shard == "20KB")
+    found = from_directory("weights", kind, tmp_path)
+    wanted = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    assert found.keys() == wanted.keys()
+    assert all(found[name].tobytes() == value.tobytes() for name, value in wanted.items())
+
+
+def test_a_directory_of_another_model_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("transformers")
+    build(LLAMA).save_pretrained(tmp_path / "weights")
+    with pytest.raises(ConfigError, match=r"\[run\] init: .*does not fit the task: it has no weights for"):
+        from_directory("weights", {**LLAMA, "num_hidden_layers": 3}, tmp_path)
+    with pytest.raises(ConfigError, match=r"\[run\] init: .*: tensor .* is \[32, 48\] there and \[32, 64\] in"):
+        from_directory("weights", {**LLAMA, "intermediate_size": 64}, tmp_path)
+    assert "are left out" not in caplog.text
+    from_directory("weights", {**LLAMA, "num_hidden_layers": 1}, tmp_path)
+    assert "9 tensors are not the model's and are left out, the first is model.layers.1." in caplog.text
+
+
+def test_a_directory_without_safetensors_is_told(here: Path) -> None:
+    (here / "pickled").mkdir()
+    (here / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ConfigError, match=r"\[run\] init: .*pickled holds no safetensors file, and others are not"):
+        named(config("pickled"), here)

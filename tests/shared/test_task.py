@@ -141,6 +141,8 @@ def test_a_task_copies_its_options_and_has_harmless_defaults() -> None:
     assert options == {"a": 1}
     assert task.eval_batches(4) is None
     assert task.hf_files() is None
+    assert task.fingerprint() == {}
+    assert task.pretrained(Path()) is None
     with pytest.raises(ConfigError, match="task Random does not generate text"):
         task.generate(nn.Linear(1, 1), "x", 1, 0)
 
@@ -248,6 +250,15 @@ def test_the_option_paths_counts_from_the_directory_of_its_config_file(tmp_path:
     assert paths("texts") == str(tmp_path / "texts")
     assert paths(["texts", "/srv/more"]) == [str(tmp_path / "texts"), "/srv/more"]
     assert paths(["a", 3]) == ["a", 3]  # the task refuses it in its own words
+
+
+def test_a_task_says_which_options_are_paths(tmp_path: Path) -> None:
+    written(tmp_path, WHOLE + "    path_options = ('paths', 'tokenizer')\n")
+    given = {"paths": "texts", "tokenizer": "t.json", "model": "m", "empty": ""}
+    options = load_task("mine.py:Mine", given, tmp_path).options
+    here = {"paths": str(tmp_path / "texts"), "tokenizer": str(tmp_path / "t.json")}
+    assert options == {**given, **here}
+    assert load_task("mine.py:Mine", {"tokenizer": ""}, tmp_path).options == {"tokenizer": ""}
 
 
 def test_what_a_task_raises_is_told_as_its_fault(tmp_path: Path) -> None:

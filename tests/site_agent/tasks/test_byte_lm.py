@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from shared.task import ENTRY_POINT_GROUP, Shard, build_model
-from site_agent.tasks import byte_lm
+from site_agent.tasks import sampling
 from site_agent.tasks.byte_lm import ByteLM
+from tests.support.tiny import END, SENTENCES, write_tokenizer
 
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "context": 16}
 
@@ -275,7 +277,7 @@ def test_options_reach_the_text(tmp_path: Path) -> None:
     t = task(paths=str(tmp_path / "a.txt"), block_bytes=50, held_out=0.25, eval_batches=3, context=24)
     assert next(t.train_batches(Shard(1, 2), 5)).shape == (5, 25)
     assert [tuple(batch.shape) for batch in t.eval_batches(7)] == [(7, 25)] * 3
-    assert len(t._opened().held_out.starts) == 32
+    assert len(t._text.held_out.starts) == 32
     with pytest.raises(ConfigError, match="too few for 100 shards"):
         t.train_batches(Shard(0, 100), 4)
     local = task(paths=str(tmp_path / "a.txt"), partition="local", block_bytes=50)
@@ -303,7 +305,7 @@ def test_a_sample_needs_no_prompt_and_may_be_longer_than_the_context() -> None:
 
 
 def test_a_sample_has_as_many_bytes_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_lm, "TOP_K", 1)
+    monkeypatch.setattr(sampling, "TOP_K", 1)
     t = task()
     model = build_model(t, 0)
     with torch.no_grad():  # a model that always says "a" under the tied head
@@ -328,3 +330,71 @@ def test_a_sample_leaves_the_model_as_it_was() -> None:
         assert all(module.training is mode for module in model.modules())
     assert grad_enabled == 6 * [False]
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+# ---- with a tokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("tokenizers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_tokenizer(tmp_path / "tokenizer")
+
+
+def test_with_a_tokenizer_everything_counts_its_tokens(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(SENTENCES[0] * 200)
+    t = task(paths=str(tmp_path / "a.txt"), tokenizer=str(tokenizer))
+    model = build_model(t, 0)
+    assert model.state_dict()["model.embed_tokens.weight"].shape == (300, 32)
+    batch = next(t.train_batches(Shard(0, 1), 4))
+    assert batch.shape == (4, 17)
+    assert t.tokenizer is not None
+    assert t.tokenizer.decode(batch[0].tolist()) in SENTENCES[0] * 200
+    loss, tokens = t.loss(model, batch)
+    assert tokens == 4 * 16
+    assert float(loss.detach()) == pytest.approx(math.log(300), abs=0.1)
+    with pytest.raises(ConfigError, match=r"\d tokens are too few for context = 4000"):
+        task(paths=str(tmp_path / "a.txt"), tokenizer=str(tokenizer), context=4000).train_batches(Shard(0, 1), 4)
+
+
+def test_the_directory_of_a_tokenizer_will_do(tokenizer: Path) -> None:
+    assert task(tokenizer=str(tokenizer.parent)).vocabulary == 300
+
+
+def test_a_sample_with_a_tokenizer_is_text(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = task(tokenizer=str(tokenizer))
+    model = lively(t)
+    assert t.generate(model, "the quick", 5, seed=1).startswith("the quick")
+    assert t.generate(model, "the quick", 5, seed=1) == t.generate(model, "the quick", 5, seed=1)
+    assert t.generate(model, "the quick", 0, seed=1) == "the quick"
+    assert t.generate(model, "", 5, seed=1)
+
+
+def test_the_fingerprint_is_the_tokenizers(tokenizer: Path, tmp_path: Path) -> None:
+    assert task().fingerprint() == {}
+    one = task(tokenizer=str(tokenizer)).fingerprint()
+    assert set(one) == {"tokenizer", "end_of_text"}
+    other = write_tokenizer(tmp_path / "other", 290)
+    assert task(tokenizer=str(other)).fingerprint()["tokenizer"] != one["tokenizer"]
+
+
+def test_an_export_with_a_tokenizer_is_a_directory_of_transformers(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    t = task(tokenizer=str(tokenizer))
+    model = lively(t)
+    for name, content in t.hf_files().items():
+        (tmp_path / name).write_bytes(content)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = torch.tensor([auto("the quick brown fox").input_ids])
+    assert (loaded.config.eos_token_id, auto.eos_token_id, auto.eos_token) == (0, 0, END)
+    with torch.no_grad():
+        expected, got = model(ids), loaded(input_ids=ids).logits
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))

@@ -3,12 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from shared.errors import ConfigError
 from shared.task import BatchStream, Shard
-from site_agent.tasks.text import Blocks, Partition, Text, WindowStream, evenly_spread, open_text, read_corpus
+from site_agent.tasks.corpus import Corpus, read_bytes
+from site_agent.tasks.options import Partition
+from site_agent.tasks.text import Blocks, Text, WindowStream, cut, evenly_spread
 
 CONTEXT = 15
 WINDOW = CONTEXT + 1
@@ -20,13 +23,25 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
+def open_text(path: str, context: int, block_bytes: int, held_out: float) -> Text:
+    return cut(read_bytes(path), context, block_bytes, held_out)
+
+
+def corpus_of(ids: npt.NDArray[np.uint8]) -> Corpus:
+    return Corpus((ids,), ("here",))
+
+
+def whole(text: Text) -> bytes:
+    return b"".join(piece.tobytes() for piece in text.corpus.pieces(0, len(text.corpus)))
+
+
 def numbered(count: int) -> Text:
     """A text whose bytes do not matter; tests look at positions."""
     bounds = np.arange(count + 1, dtype=np.int64) * 100
     blocks = Blocks(bounds[:-1], bounds[1:])
     held = evenly_spread(count, max(1, count // 10))
     corpus = np.random.default_rng(0).integers(0, 256, count * 100, dtype=np.uint8)
-    return Text(corpus, WINDOW, train=blocks.pick(~held), held_out=blocks.pick(held))
+    return Text(corpus_of(corpus), WINDOW, train=blocks.pick(~held), held_out=blocks.pick(held))
 
 
 WHOLE = Shard(0, 1)
@@ -43,69 +58,6 @@ def positions(blocks: Blocks) -> set[int]:
 def epoch_order(s: WindowStream, epoch: int) -> list[int]:
     s.load_state_dict({"epoch": epoch, "position": 0})
     return [int(start) for start in s._order]
-
-
-# ---- reading
-
-
-def test_a_directory_is_read_recursively_in_the_order_of_its_names(tmp_path: Path) -> None:
-    write(tmp_path / "b.txt", "B")
-    write(tmp_path / "a" / "z.MD", "Z")
-    write(tmp_path / "c.py", "no text")
-    assert read_corpus(str(tmp_path)).tobytes() == b"ZB"
-
-
-def test_a_list_keeps_its_order_and_reads_no_file_twice(tmp_path: Path) -> None:
-    one, two = write(tmp_path / "one.txt", "1"), write(tmp_path / "two.txt", "2")
-    assert read_corpus([str(two), str(one), str(tmp_path), str(tmp_path / "*.txt")]).tobytes() == b"21"
-
-
-def test_patterns_and_relative_paths_start_at_the_current_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "plays" / "x.txt", "X")
-    write(tmp_path / "plays" / "deep" / "y.log", "Y")
-    monkeypatch.chdir(tmp_path)
-    assert read_corpus("plays/x.txt").tobytes() == b"X"
-    assert read_corpus(["plays/*.txt", "**/*.log"]).tobytes() == b"XY"
-    assert read_corpus(str(tmp_path / "pl*")).tobytes() == b"X"
-
-
-def test_the_place_of_a_directory_does_not_change_the_corpus(tmp_path: Path) -> None:
-    for root in (tmp_path / "site-a", tmp_path / "elsewhere" / "b"):
-        for name in ("a-b/1.txt", "a/2.txt", "a.txt", "Z.txt"):
-            write(root / name, name)
-    there, here = read_corpus(str(tmp_path / "site-a")), read_corpus(str(tmp_path / "elsewhere" / "b"))
-    assert there.tobytes() == here.tobytes()
-
-
-def test_an_empty_file_among_others_is_no_fault(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt", "")
-    write(tmp_path / "b.txt", "text")
-    assert read_corpus(str(tmp_path)).tobytes() == b"text"
-
-
-def test_one_file_is_mapped_and_never_written(tmp_path: Path) -> None:
-    corpus = read_corpus(str(write(tmp_path / "a.txt", "text")))
-    assert not corpus.flags.owndata
-    assert not corpus.flags.writeable
-
-
-@pytest.mark.parametrize("paths", ["missing.txt", "*.txt", "full", "empty.txt", [], "a**"])
-def test_paths_without_text_are_named_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: str | list[str]
-) -> None:
-    write(tmp_path / "full" / "of.py", "code")
-    write(tmp_path / "empty.txt" / "also" / "not.bin", "")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^\[data\] paths: .*; (name|correct) [^\n]+$") as refused:
-        read_corpus(paths)
-    assert not isinstance(paths, str) or paths in str(refused.value)
-
-
-def test_an_empty_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"empty\.txt.*not empty"):
-        read_corpus(str(write(tmp_path / "empty.txt", "")))
 
 
 # ---- the split
@@ -206,7 +158,7 @@ def test_batches_are_rows_of_context_and_one_more_byte_of_the_text() -> None:
     assert batch.shape == (5, WINDOW)
     assert batch.dtype == torch.int64
     for row in batch:
-        assert bytes(row.tolist()) in text.corpus.tobytes()
+        assert bytes(row.tolist()) in whole(text)
 
 
 def test_an_epoch_shows_windows_that_do_not_overlap_and_no_other_epoch_the_same_cuts() -> None:
@@ -221,7 +173,7 @@ def test_an_epoch_shows_windows_that_do_not_overlap_and_no_other_epoch_the_same_
 def test_a_block_of_one_window_is_in_every_epoch_and_every_evaluation() -> None:
     starts = np.arange(10, dtype=np.int64) * WINDOW
     blocks = Blocks(starts, starts + WINDOW)
-    text = Text(np.zeros(10 * WINDOW, dtype=np.uint8), WINDOW, train=blocks, held_out=blocks)
+    text = Text(corpus_of(np.zeros(10 * WINDOW, dtype=np.uint8)), WINDOW, train=blocks, held_out=blocks)
     for epoch in range(20):
         assert sorted(epoch_order(stream(text), epoch)) == starts.tolist()
     assert [len(batch) for batch in text.held_out_batches(100, 1)] == [10]
@@ -307,7 +259,7 @@ def test_held_out_batches_are_always_the_same_and_never_trained_on() -> None:
     text = numbered(100)
     first, again = text.held_out_batches(4, 32), text.held_out_batches(4, 32)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    held = b"|".join(text.corpus[a:b].tobytes() for a, b in zip(text.held_out.starts, text.held_out.ends, strict=True))
+    held = b"|".join(whole(text)[a:b] for a, b in zip(text.held_out.starts, text.held_out.ends, strict=True))
     assert all(bytes(row.tolist()) in held for batch in first for row in batch)
 
 
@@ -315,7 +267,7 @@ def test_held_out_batches_are_limited_and_spread_over_all_held_out_blocks() -> N
     text = numbered(100)  # 10 held-out blocks of 6 windows each
     batches = text.held_out_batches(5, 2)
     assert [len(batch) for batch in batches] == [5, 5]
-    corpus = text.corpus.tobytes()
+    corpus = whole(text)
     starts = sorted(corpus.index(bytes(row.tolist())) for batch in batches for row in batch)
     assert [start // 100 for start in starts] == [int(start) // 100 for start in text.held_out.starts]
 
