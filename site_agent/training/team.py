@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import FaultError
+from shared.errors import ConfigError, FaultError, IsthmusError
 from shared.fragments import F32
 
 Order = dict[str, Any]
@@ -148,7 +148,8 @@ class Team:
             raise error
         for rank, each in enumerate(told):
             if each["error"] is not None:
-                raise _error(*each["error"], rank)
+                kind, text = each["error"]
+                raise _error(kind, text, rank)
         return done
 
     def _send(self, data: np.ndarray[Any, Any], rank: int) -> None:
@@ -177,11 +178,8 @@ class Team:
 ALONE = Team()
 
 
-def _error(kind: str, text: str, rank: int) -> Exception:
-    import shared.errors
-
-    known = getattr(shared.errors, kind, None)
-    text = f"rank {rank}: {text}"
-    return (
-        known(text) if kind in ("ConfigError", "FaultError") and known is not None else FaultError(f"{text} ({kind})")
-    )
+def _error(kind: str, text: str, rank: int) -> IsthmusError:
+    """What another rank has raised, as far as it is for people."""
+    if kind == ConfigError.__name__:
+        return ConfigError(f"rank {rank}: {text}")
+    return FaultError(f"rank {rank}: {text}" if kind == FaultError.__name__ else f"rank {rank}: {text} ({kind})")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shared.codecs import codec_named
 from shared.config import RunConfig, UploadCodec, WireTable, parse

@@ -215,7 +215,7 @@ def test_weights_are_kept_where_the_optimizer_has_been_changed(caplog: pytest.Lo
     t.step(stream(2.0), 0.25)
     restored.load_state(*t.state())
     assert weights(t) == weights(restored)
-    assert list(restored.optimizer.state()) == []
+    assert list(restored.trainer.optimizer.state()) == []
     assert "w was trained by AdamW, and is by Muon" in caplog.text
 
 
