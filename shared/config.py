@@ -6,7 +6,7 @@ data. Unknown keys are refused (a misspelt key that is silently ignored costs a 
 
 Keys beyond those of the design's section 4: `[run] min_sites` (a run of several sites must not begin
 with whoever came first, or its result depends on luck) and `coordinators` (models past one machine),
-`[store]` (how much history the coordinator keeps), `[devices] threads` and `throttle`, `[site]
+`[store]` (how much history the coordinator keeps), all of `[devices]`, `[site]
 patience_seconds`, `checkpoint_seconds` and `evaluate`, and the keys of decoupled training (`[outer]
 partial`, `period`, `delay_c`, `beta2`, `epsilon`; `[rounds] weight_cap`, `staleness_decay`; `[wire] topk`,
 `feedback_decay`, `upload_grid`, `publish_grid`). Their reasons stand in docs/configuration.md.
@@ -431,10 +431,29 @@ class SiteTable(_Table):
     evaluate: bool = Field(True, description="true or false: whether this site may be asked to evaluate")
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+GroupName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+
+
 class DevicesTable(_Table):
-    device: str = Field("", description='"cpu", "cuda:0", "mps"; empty: the first accelerator found, else the CPU')
+    """Lists have an entry for each process on this machine, in the order of `device`."""
+
+    device: str | list[str] = Field(
+        "", description='"cpu", "cuda", "cuda:0", or a list of them; empty: every accelerator found, else the CPU'
+    )
     threads: int = Field(0, ge=0, le=4096, description="CPU threads for torch; 0: torch's own choice")
-    throttle: float = Field(1.0, gt=0, le=1, description="train at this share of full speed, above 0 to 1")
+    throttle: Share | list[Share] = Field(
+        1.0, description="train at this share of full speed, above 0 to 1, or a list of such numbers"
+    )
+    group: Literal[""] | GroupName | list[Literal[""] | GroupName] = Field(
+        "", description="a name of letters a-z, digits and '-', at most 32, that sets devices apart, or a list of names"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    micro_batch: int = Field(0, ge=0, le=MOST, description="sequences of a pass on a device; 0: as many as fit")
+    compile: bool = False
+    recompute: bool = False
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    mixed: Literal["auto", "average", "learners"] = "auto"
 
 
 class MetricsTable(_Table):

@@ -4,7 +4,8 @@ IsthmusError            exit code 1: should not reach a user
 ├── ConfigError         exit code 2: bad usage, bad file, impossible setting
 ├── RefusedError        exit code 3: the coordinator said no, with a stable `code`
 ├── FaultError          exit code 4: gave up on faults (network, disk)
-│   └── CorruptError    exit code 4: a file's bytes are not what its digest says
+│   ├── CorruptError    exit code 4: a file's bytes are not what its digest says
+│   └── LostError       exit code 4: another process of the same site is gone
 └── FormatError         a message or container that is malformed; its sender is at fault
 """
 
@@ -42,6 +43,10 @@ class FaultError(IsthmusError):
 
 class CorruptError(FaultError):
     """Bytes on disk that do not match their digest or their journal."""
+
+
+class LostError(FaultError):
+    """Another process of this site is gone; it, or the launcher, says why."""
 
 
 class FormatError(IsthmusError):

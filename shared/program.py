@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
-from shared.errors import FaultError, IsthmusError
+from shared.errors import FaultError, IsthmusError, LostError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,6 +22,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except LostError as error:
+            # Of several processes, one speaks.
+            if os.environ.get("RANK", "0") != "0":
+                raise SystemExit(error.exit_code) from None
+            fail(str(error), error.exit_code)
         except IsthmusError as error:
             fail(str(error), error.exit_code)
         except OSError as error:

@@ -16,58 +16,51 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from shared.codecs import warm_up
-from shared.config import RunConfig, SiteConfig, received_run
+from shared.config import SiteConfig, received_run
 from shared.errors import FaultError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
-from shared.task import Shard, build_model, check_fingerprint, fingerprint_of, load_task, manifest_of
+from shared.task import BatchStream, Shard, manifest_of
+from site_agent.asking import credentials_of
 from site_agent.branch import LEAVE_SECONDS
 from site_agent.checkpoint import oldest_lease
 from site_agent.courier import CourierThread
-from site_agent.evaluation import Evaluator
-from site_agent.learner import Hear, Learner, Place, Stopped, Train
+from site_agent.crew import Crew, apart, enlist, follow, settled
+from site_agent.evaluation import Evaluator, TogetherEvaluator
+from site_agent.learner import Evaluates, Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
 from site_agent.metrics import Metrics
 from site_agent.news import Event, Stop
-from site_agent.training.devices import choose_device, describe, set_threads
-from site_agent.training.ensemble import Ensemble
+from site_agent.survey import calibrate, decision, recruit, stream_for
 from site_agent.training.leased import LeasedStream
-from site_agent.training.trainer import Trainer
-from site_agent.transport import Credentials, Http, credentials
+from site_agent.training.team import TICK_SECONDS
+from site_agent.transport import Http
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
-
-
-def credentials_of(config: SiteConfig) -> Credentials:
-    """The site's credentials, from the files that its config names. Raises ConfigError."""
-    site = config.site
-
-    def path(name: str) -> Path | None:
-        return config.path(name) if name else None
-
-    return credentials(site.name, path(site.token_file), path(site.ca), path(site.client_cert), path(site.client_key))
-
-
-def task_of(config: SiteConfig, run: RunConfig) -> Any:
-    """The run's task as this machine has it: `[task] use` and `[data]` of the site override the run's."""
-    use = config.task.use if config.task else run.task.use
-    return load_task(use, {**run.task.options(), **config.data}, config.base)
-
 
 def train(config: SiteConfig) -> None:
-    """One site until the run is finished or a signal stops it; also where the coordinator is restored from a mirror
-    meanwhile, and the run goes by another name. Raises what `Agent.run` raises."""
+    """This process's part of a site until the run is finished or a signal stops it. Raises what `Agent.run` raises."""
+    crew = enlist(config)
+    if settled(crew, config, lambda: decision(crew, config)) == "learners":
+        crew, config = apart(crew, config)
+    if crew.team.head:
+        lead(crew, config)
+        crew.team.tell({"do": "end"})
+    else:
+        follow(crew, config)
+
+
+def lead(crew: Crew, config: SiteConfig) -> None:
+    """One learner, also where the coordinator is restored from a mirror meanwhile, and the run goes by another name."""
     lineage = None
     while True:
-        agent = Agent(config, lineage)
+        agent = Agent(config, lineage, crew)
         agent.stop_on_signals()
         try:
             return agent.run()
@@ -85,9 +78,11 @@ class Agent:
 
     learns: type[Learner] = Learner
 
-    def __init__(self, config: SiteConfig, lineage: str | None = None) -> None:
-        """`lineage`: the run to train, where it is known which; None: whichever the coordinator serves."""
+    def __init__(self, config: SiteConfig, lineage: str | None = None, crew: Crew | None = None) -> None:
+        """`lineage`: the run to train, where it is known which; None: whichever the coordinator serves. `crew`: those
+        that train with this process, the head of them; None: nobody."""
         self.config, self.lineage = config, lineage
+        self.crew = crew or enlist(config)
         self.joined = False
         self.metrics = Metrics()
         site, who = config.site, credentials_of(config)
@@ -108,15 +103,16 @@ class Agent:
     def run(self) -> None:
         exporter = self.metrics.serve(self.config.metrics)
         try:
-            joined = self.courier.begin(self.config.site.patience_seconds)
+            with self.crew.team.waiting():
+                joined = self.courier.begin(self.config.site.patience_seconds)
             if self.lineage not in (None, joined.lineage):
                 raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {self.lineage}")
             self.lineage, self.joined = joined.lineage, True
             self.learner, evaluator = self._prepare(joined)
             self._drive(self.learner)
+            self.learner.save_before_leaving()
             self.learner.training = False  # from here on a stop is one at once
             self._evaluate_the_end(self.learner, evaluator)
-            self.learner.save_before_leaving()
             core = self.learner.core
             log.info("the run is finished: %d steps, %d tokens here", core.steps, core.tokens)
         except Stopped as stopped:
@@ -175,21 +171,17 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
 
-    def _prepare(self, joined: Joined) -> tuple[Learner, Evaluator]:
+    def _prepare(self, joined: Joined) -> tuple[Learner, Evaluates]:
         """The model, the data and how fast they go together."""
         run, config = received_run(joined.config), self.config
         layout = Layout.from_wire(joined.layout)
-        set_threads(config.devices.threads)
-        device = choose_device(config.devices.device)
-        self.task = task = task_of(config, run)
-        check_fingerprint(fingerprint_of(task), joined.fingerprint)
-        model = build_model(task, run.run.seed)
-        trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
-        log.info("site %s in run %s on %s (%s)", config.site.name, joined.run, device, describe(device))
+        self.ensemble = recruit(self.crew, config, joined.config, layout, joined.fingerprint)
+        self.task = task = self.ensemble.trainer.task
+        log.info("site %s in run %s on %s", config.site.name, joined.run, self.crew.describe())
         warm_up()
 
-        def dealt(shard: Shard) -> Any:
-            return task.train_batches(shard, run.inner.batch_size)
+        def dealt(shard: Shard) -> BatchStream:
+            return stream_for(self.crew, task.train_batches(shard, run.inner.batch_size))
 
         shard = joined.orders.shard
         stream_of: Callable[[Shard], Any] = dealt
@@ -207,13 +199,17 @@ class Agent:
                 settled=partial(oldest_lease, state),
             )
             stream_of = lambda _: leased  # noqa: E731
-        seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
-        evaluator = Evaluator(task, trainer.trainer, layout, run.inner.batch_size, self.courier, self._evaluations)
+        seconds = calibrate(self.crew, self.ensemble, stream)
+        evaluator: Evaluates
+        if self.crew.team.alone:
+            evaluator = Evaluator(self.ensemble.trainer, self.courier, self._evaluations)
+        else:
+            evaluator = TogetherEvaluator(self.ensemble, self.courier)
         place = Place(config.path(config.site.state), config.site.checkpoint_seconds, self._saver)
         learner = self.learns(
             run,
             joined,
-            trainer,
+            self.ensemble,
             stream_of,
             self.courier,
             evaluator,
@@ -236,9 +232,17 @@ class Agent:
                         learner.step()
                         need = course.send(self._news())
                     case Hear():
-                        need = course.send([self.courier.events.get(), *self._news()])
+                        need = course.send([self._next(), *self._news()])
         except StopIteration:
             return
+
+    def _next(self) -> Event:
+        """Waits for news; the other ranks hear meanwhile that nothing is wrong."""
+        while True:
+            try:
+                return self.courier.events.get(timeout=None if self.crew.team.alone else TICK_SECONDS)
+            except queue.Empty:
+                self.ensemble.tick()
 
     def _news(self) -> Sequence[Event]:
         """What has come in, without waiting."""
@@ -249,10 +253,11 @@ class Agent:
             except queue.Empty:
                 return events
 
-    def _evaluate_the_end(self, learner: Learner, evaluator: Evaluator) -> None:
+    def _evaluate_the_end(self, learner: Learner, evaluator: Evaluates) -> None:
         """The finished run's weights are evaluated by the site that asks first; the others need not wait for it."""
         evaluator.finish()
-        orders = self.courier.orders()
+        with self.crew.team.waiting():
+            orders = self.courier.orders()
         if orders is not None and orders.evaluate:
             evaluator.begin(learner.anchors)
             evaluator.finish()

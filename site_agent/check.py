@@ -1,100 +1,98 @@
 """`isthmus site check`: what would happen if this site joined now, measured, without taking part.
 
 It asks the coordinators for the run without joining it, so that a check never disturbs a run or an agent of the
-same name that is training.
+same name that is training. All processes of the site take part: what it prints of groups and memory is what a run
+would have.
 """
 
 from __future__ import annotations
 
 import asyncio
-import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
 
-from shared.config import SiteConfig, received_run
-from shared.errors import RefusedError
+from shared.config import RunConfig, SiteConfig, received_run
 from shared.fragments import Layout
-from shared.protocol import Preview
-from shared.sharding import interleave
-from shared.task import Shard, build_model, check_fingerprint, fingerprint_of, shortened
+from shared.task import shortened
 from shared.wire import container_bound
-from site_agent.agent import CALIBRATION_SECONDS, CALIBRATION_STEPS, credentials_of, task_of
-from site_agent.branch import check_agreement, check_place
-from site_agent.link import Link
-from site_agent.training.devices import choose_device, describe, set_threads
-from site_agent.training.ensemble import Ensemble
-from site_agent.training.trainer import Trainer
-from site_agent.transport import Http
+from site_agent.asking import Asked, ask_all, whole_layout
+from site_agent.crew import Crew, enlist, follow, free
+from site_agent.survey import Survey, preview_stream, recruit, survey
+from site_agent.training.makes import environment, find_devices
 
-PINGS = 5
+Say = Callable[[str, str], None]
 
 
 def check(config: SiteConfig) -> None:
     """Prints one line for each finding. Raises ConfigError, RefusedError, FaultError at the first thing amiss."""
+    crew = enlist(config)
+    if not crew.team.head:
+        follow(crew, config)
+        return
     console = Console(highlight=False)
 
     def say(what: str, text: str) -> None:
-        console.print(f"[bold]{what:<11}[/] {text}")
+        console.print(f"[bold]{what:<11}[/] {escape(text)}")
 
-    set_threads(config.devices.threads)
-    device = choose_device(config.devices.device)
-    say("device", f"{device} ({describe(device)})")
-    asked = asyncio.run(_ask_all(config))
+    _devices(say, crew)
+    asked = asyncio.run(ask_all(config))
+    _coordinators(say, config, asked)
+    preview, layout = asked[0].preview, whole_layout(asked)
+    run = received_run(preview.config)
+    ensemble = recruit(crew, config, preview.config, layout, preview.fingerprint)
+    for name, value in sorted(preview.fingerprint.items()):
+        say(name, f"the run's ({shortened(value)})")
+    say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
+    found = survey(crew, ensemble, preview_stream(preview, run, ensemble.trainer.task), run)
+    _memory(say, crew, found)
+    _speeds(say, crew, run, found, ensemble.micro_batch)
+    _upload(say, run, layout, found.step_seconds)
+    crew.team.tell({"do": "end"})
+
+
+def _devices(say: Say, crew: Crew) -> None:
+    say("devices", crew.describe())
+    used = {rank.device for rank in crew.ranks}
+    for other in find_devices():
+        if other.name not in used and other.device.type != "cpu":
+            say("", f"not used: {other.device} ({other.name})")
+    for name, value in environment(crew.found.make).items():
+        say("", f"{name}={value}")
+
+
+def _coordinators(say: Say, config: SiteConfig, asked: list[Asked]) -> None:
     for each in asked:
         trip, rate = f"round trip {each.trip * 1e3:.1f} ms", f"download {each.rate / 1e6:.1f} MB/s"
         say("coordinator", f"{each.url}, {trip}, {rate}")
         say("token", f"good for site {config.site.name} in run {each.preview.run}")
-    preview = asked[0].preview
-    run, layout = received_run(preview.config), Layout.from_wire(interleave([each.preview.layout for each in asked]))
-    task = task_of(config, run)
-    check_fingerprint(fingerprint_of(task), preview.fingerprint)
-    for name, value in sorted(preview.fingerprint.items()):
-        say(escape(name), f"the run's ({escape(shortened(value))})")
-    model = build_model(task, run.run.seed)
-    trainer = Ensemble(Trainer(task, model, layout, run, device, config.devices.throttle))
-    say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
-    stream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
-    seconds = trainer.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
-    say("speed", f"{seconds:.4f} s an inner step of {run.inner.batch_size} sequences")
+
+
+def _memory(say: Say, crew: Crew, found: Survey) -> None:
+    have = free(crew)
+    had = f"; {have / 1e9:.1f} GB were free" if have is not None else ""
+    peak = f"; a step held {found.peak / 1e9:.1f} GB at most" if found.peak is not None else ""
+    say("memory", f"{found.needed.sentence()}{had}{peak}")
+
+
+def _speeds(say: Say, crew: Crew, run: RunConfig, found: Survey, micro_batch: int) -> None:
+    passes = f", passes of at most {micro_batch}" if micro_batch else ""
+    say("speed", f"{found.step_seconds:.4f} s an inner step of {run.inner.batch_size} sequences{passes}")
+    if found.verdict is None:
+        return
+    for group, speed in zip(crew.groups, found.speeds, strict=True):
+        say("", f"{group.name}: {speed:.3g} sequences/s")
+    say("exchange", f"{found.exchange_seconds:.4f} s a step to sum the groups' gradients")
+    best, verdict = found.verdict.mode, found.verdict
+    way = "averaged gradients (one learner)" if best == "average" else "a learner for each group"
+    say(
+        "groups",
+        f"{way} serves better: {verdict.together:.3g} sequences/s averaged, {verdict.apart:.3g} apart; {verdict.why}",
+    )
+
+
+def _upload(say: Say, run: RunConfig, layout: Layout, step_seconds: float) -> None:
     up = sum(container_bound(fragment, run.wire.upload_codec) for fragment in layout.fragments)
-    cycle = run.inner.steps * seconds
+    cycle = run.inner.steps * step_seconds
     say("upload", f"at most {up / 1e6:.2f} MB each {run.inner.steps} steps ({cycle:.1f} s at full pace)")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A coordinator, the run as it would give it to this site, the median round trip in seconds, and bytes/s down."""
-
-    url: str
-    preview: Preview
-    trip: float
-    rate: float
-
-
-async def _ask_all(config: SiteConfig) -> list[_Asked]:
-    """All coordinators of the run, the first one first."""
-    asked = [await _ask(config, config.site.coordinator, 0)]
-    for shard, url in enumerate(received_run(asked[0].preview.config).run.coordinators[1:], start=1):
-        try:
-            asked.append(await _ask(config, url, shard))
-        except RefusedError as error:
-            raise RefusedError(error.code, f"{url}: {error.detail}") from None
-        check_agreement(url, asked[-1].preview, asked[0].preview)
-    return asked
-
-
-async def _ask(config: SiteConfig, url: str, shard: int) -> _Asked:
-    async with Link(Http(url, credentials_of(config)), config.site.name, patience=0.0) as link:
-        preview = await link.preview()
-        check_place(url, preview.shard, shard)
-        trips = []
-        for _ in range(PINGS):
-            began = time.perf_counter()
-            await link.ping()
-            trips.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        data = await link.snapshot(0, preview.versions[0])
-        return _Asked(url, preview, statistics.median(trips), len(data) / (time.perf_counter() - began))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shared.config import load_site
+from shared.config import SiteConfig, load_site
 from shared.program import command, set_up_logging
 
 app = typer.Typer(no_args_is_help=True, help="The agent that trains in one datacenter.")
@@ -22,6 +22,7 @@ def run(site: SiteArgument) -> None:
     """Join a run and train until it is finished."""
     config = load_site(site)
     set_up_logging()
+    _in_all_processes(config, ["site", "run", str(site)])
     from site_agent.agent import train
     from site_agent.learner import Stopped
 
@@ -35,7 +36,19 @@ def run(site: SiteArgument) -> None:
 @app.command()
 @command
 def check(site: SiteArgument) -> None:
-    """Say what would happen: device, speed, link, token, layout. Trains nothing and joins nothing for good."""
+    """Say what would happen: devices, memory, speed, link, token, layout. Trains nothing and joins nothing for good."""
+    config = load_site(site)
+    _in_all_processes(config, ["site", "check", str(site)])
     from site_agent.check import check as check_site
 
-    check_site(load_site(site))
+    check_site(config)
+
+
+def _in_all_processes(config: SiteConfig, arguments: list[str]) -> None:
+    """Does it in a process for each device of this machine, and ends this one, unless there is one device or somebody
+    has started the processes already."""
+    from site_agent.crew import launched
+    from site_agent.launch import launch, processes_of
+
+    if not launched() and processes_of(config) > 1:
+        raise SystemExit(launch(config, arguments))

@@ -6,13 +6,12 @@ import copy
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
 
 from torch import nn
 
-from shared.fragments import Layout
 from site_agent.contribution import Anchor
 from site_agent.courier import Courier
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
 log = logging.getLogger(__name__)
@@ -21,11 +20,8 @@ log = logging.getLogger(__name__)
 class Evaluator:
     """Evaluates on `executor`, one set of weights at a time, and reports through the courier."""
 
-    def __init__(
-        self, task: Any, trainer: Trainer, layout: Layout, batch_size: int, courier: Courier, executor: Executor
-    ) -> None:
-        self._task, self._trainer, self._layout, self._batch_size = task, trainer, layout, batch_size
-        self._courier, self._executor = courier, executor
+    def __init__(self, trainer: Trainer, courier: Courier, executor: Executor) -> None:
+        self._trainer, self._courier, self._executor = trainer, courier, executor
         self._under_way: Future[None] | None = None
 
     def begin(self, anchors: Sequence[Anchor]) -> None:
@@ -53,11 +49,35 @@ class Evaluator:
 
     def _evaluate(self, model: nn.Module, anchors: list[Anchor]) -> None:
         """The held-out loss of the published weights, which are written into `model`."""
-        batches = self._task.eval_batches(self._batch_size)
+        trainer = self._trainer
+        batches = trainer.task.eval_batches(trainer.inner.batch_size)
         if batches is None:
             self._courier.evaluates = False
             return
-        load_flat(model, self._layout, (anchor.flat for anchor in anchors))
-        loss = evaluate(self._task, model, batches, self._trainer.device)
-        if loss is not None and abs(loss) <= 1e6:
-            self._courier.evaluated(anchors, loss)
+        load_flat(model, trainer.layout, (anchor.flat for anchor in anchors))
+        _report(self._courier, anchors, evaluate(trainer.task, model, batches, trainer.device))
+
+
+class TogetherEvaluator:
+    """The same with all ranks of a site, between two steps: another model would have no room on devices that share
+    one, and the rank that had it would hold up the others. The weights in training wait on the host."""
+
+    def __init__(self, ensemble: Ensemble, courier: Courier) -> None:
+        self._ensemble, self._courier = ensemble, courier
+
+    def begin(self, anchors: Sequence[Anchor]) -> None:
+        """Evaluates the weights `anchors`."""
+        trainer = self._ensemble.trainer
+        batches = trainer.task.eval_batches(trainer.inner.batch_size)
+        if batches is None:
+            self._courier.evaluates = False
+            return
+        _report(self._courier, anchors, self._ensemble.evaluate([anchor.flat for anchor in anchors], batches))
+
+    def finish(self) -> None:
+        """Nothing is ever under way."""
+
+
+def _report(courier: Courier, anchors: Sequence[Anchor], loss: float | None) -> None:
+    if loss is not None and abs(loss) <= 1e6:
+        courier.evaluated(anchors, loss)

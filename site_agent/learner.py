@@ -96,6 +96,7 @@ class Evaluates(Protocol):
     """What the learner needs of an evaluator; see site_agent.evaluation."""
 
     def begin(self, anchors: Sequence[Anchor]) -> None: ...
+    def finish(self) -> None: ...
 
 
 @dataclass

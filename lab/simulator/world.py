@@ -373,6 +373,9 @@ class _NoEvaluator:
     def begin(self, anchors: Any) -> None:
         pass
 
+    def finish(self) -> None:
+        pass
+
 
 class World:
     """Runs one schedule. `run` raises Violation where an invariant breaks, and returns the final digests."""

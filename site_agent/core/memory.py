@@ -13,7 +13,7 @@ from shared.fragments import Fragment, Layout
 
 Optimizer = Literal["adamw", "muon", "sgd"]
 ALIGNING = 16
-"""Bytes for each element of a fragment that is taken up: θ, Θ̂, their difference and the result, fp32."""
+"""Bytes for each element of a fragment's part that is taken up: θ, Θ̂, their difference and the result, fp32."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def memory_needed(
         optimizer=_part(_optimizer_bytes(layout, optimizer), shards),
         feedback=_part(4 * parameters, holders) if feedback else 0,
         snapshots=_part(4 * _on_its_way(layout, overlap, steps), holders),
-        alignment=ALIGNING * max((fragment.size for fragment in layout.fragments), default=0),
+        alignment=_part(ALIGNING * max((fragment.size for fragment in layout.fragments), default=0), holders),
     )
 
 

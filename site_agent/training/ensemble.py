@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from shared.codecs.kernels import U8
-from shared.errors import FaultError
+from shared.errors import ConfigError, FaultError
 from shared.fragments import F32
 from shared.task import Batch, BatchStream
 from site_agent.core.alignment import How
@@ -74,16 +74,12 @@ class Ensemble:
             return [Work(batch)]
         sequences = sequences_of(batch)
         plan = self.plan(sequences)
-        cuts = [[cut(batch, one.start, one.stop) for one in mine] for mine in plan]
+        stated = [[_stated(one, cut(batch, one.start, one.stop)) for one in mine] for mine in plan]
         if not self.team.alone:
+            packed = [b"" if rank == 0 else pack(parts) for rank, parts in enumerate(stated)]
             self.team.tell({"do": do, **more})
-            self.team.give(
-                [
-                    b"" if rank == 0 else pack([_stated(one, part) for one, part in zip(mine, parts, strict=True)])
-                    for rank, (mine, parts) in enumerate(zip(plan, cuts, strict=True))
-                ]
-            )
-        return [_work(_stated(one, part)) for one, part in zip(plan[0], cuts[0], strict=True)]
+            self.team.give(packed)
+        return [_work(each) for each in stated[0]]
 
     def plan(self, sequences: int) -> list[list[Pass]]:
         """Of each rank its passes over a batch of so many sequences."""
@@ -93,17 +89,61 @@ class Ensemble:
         groups = self.trainer.seat.groups
         return _plan(sequences, tuple(shares), tuple(group.ranks for group in groups), self.micro_batch)
 
+    def fit(self, batch: Batch) -> None:
+        """Sets the micro-batch to the most sequences that every device has memory for, by trying, unless it is set.
+        Raises FaultError where there is none for one."""
+        if self.micro_batch or self.trainer.form.sharded or self.trainer.device.type == "cpu":
+            return
+        try:
+            sequences = sequences_of(batch)
+        except ConfigError:
+            if self.team.alone:
+                return  # it is trained as it is
+            raise
+        most = max(one.stop - one.start for mine in self.plan(sequences) for one in mine)
+        self.micro_batch = most
+        while not self._all_fit(batch):
+            if self.micro_batch == 1:
+                raise FaultError(
+                    "the devices have too little memory for a pass over one sequence: set [devices] recompute = true "
+                    'or parallel = "fsdp", or train shorter sequences or a smaller model'
+                )
+            self.micro_batch = (self.micro_batch + 1) // 2
+        if self.micro_batch < most:
+            log.info("a pass is over at most %d sequences, which is what the devices have memory for", self.micro_batch)
+
+    def _all_fit(self, batch: Batch) -> bool:
+        work = self._dealt("fits", batch)
+        return _all_fit(self.trainer, work)
+
     def calibrate(self, stream: BatchStream, steps: int, seconds: float) -> float:
-        """Median seconds of an inner step, from at most `steps` real ones and about `seconds`, after one that warms
-        up. The model's weights are moved by it; the caller writes them afterwards."""
+        """Median seconds of an inner step, from at most `steps` real ones and about `seconds`, after those that warm
+        up and measure the groups. The model's weights are moved by it; the caller writes them afterwards."""
         lr = self.trainer.inner.lr
         self.step(stream, lr)
+        if len(self.balance.shares) > 1:
+            self._measure_groups(stream, lr)
         self.reset()
         times: list[float] = []
         while len(times) < steps and (not times or sum(times) < seconds):
             times.append(self.step(stream, lr)[2])
         self.reset()
         return median(times)
+
+    def _measure_groups(self, stream: BatchStream, lr: float) -> None:
+        """Shares by what each group does in a step, for the first one; they settle while it trains."""
+        for _ in range(2):
+            stepped = self.trainer.step(self._dealt("step", next(stream), lr=lr), lr)
+            speeds = [
+                share / took if share else speed
+                for share, took, speed in zip(self.balance.shares, stepped.seconds, self.balance.speeds, strict=True)
+            ]
+            self.balance = Balance(self.balance.batch, speeds)
+
+    def exchange_seconds(self) -> float:
+        """How long the groups take to sum their gradients, after once to warm up."""
+        self.team.tell({"do": "time_exchange"})
+        return self.trainer.time_exchange()
 
     def reset(self) -> None:
         """As if no step had been taken."""
@@ -192,7 +232,9 @@ def serve(trainer: Trainer) -> Order:
                 trainer.forward([_work(each) for each in unpack(team.give(None))])
             case do if do in PER_FRAGMENT:
                 _one_fragment(trainer, do, order["fragment"], [None] * order["vectors"], order["more"])
-            case "reset" | "state" | "set_aside" | "take_back" as do:
+            case "fits":
+                _all_fit(trainer, [_work(each) for each in unpack(team.give(None))])
+            case "reset" | "state" | "set_aside" | "take_back" | "time_exchange" as do:
                 getattr(trainer, do)()
             case "seed":
                 trainer.seed(order["seed"])
@@ -237,6 +279,12 @@ def _encode(trainer: Trainer, fragment: int, anchor: F32) -> list[U8]:
             diverged, text = each["error"]
             raise DivergedError(text) if diverged else FaultError(f"rank {rank}: {text}")
     return [np.frombuffer(raw, np.uint8) for each in everyone for raw in each["sections"]]
+
+
+def _all_fit(trainer: Trainer, passes: Sequence[Work]) -> bool:
+    """Whether every rank has memory for its largest pass."""
+    largest = max(passes, key=lambda work: work.sequences)
+    return all(fits for (fits,) in trainer.team.everyone(float(trainer.fits(largest.batch))))
 
 
 @lru_cache(maxsize=64)

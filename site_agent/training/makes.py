@@ -299,6 +299,14 @@ def _load(package: str) -> bool:
     return True
 
 
+def look_at(device: torch.device) -> Found:
+    """What a device is and has. It is opened. Raises ConfigError where it does not work."""
+    found = _look(make_of(device), device)
+    if found is None:
+        raise ConfigError(f'[devices] device: "{device}" does not work (see above); {_would_do()}')
+    return found
+
+
 def _look(make: Make, device: torch.device) -> Found | None:
     try:
         name, bf16, fp64 = make.title(device), make.bf16(device), make.fp64(device)

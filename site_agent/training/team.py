@@ -6,12 +6,13 @@ batches are small, and a make of accelerator cannot talk to another make. Gradie
 own collective library (`site_agent.training.forms`).
 
 Messages are msgpack and raw bytes: nothing is unpickled here either. Who waits for a rank that has died is told so by
-its connection, and raises FaultError: the launcher then ends all of them and starts them again from the last local
+its connection, and raises LostError: the launcher then ends all of them and starts them again from the last local
 checkpoint.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,16 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import ConfigError, FaultError, IsthmusError
+from shared.errors import ConfigError, FaultError, IsthmusError, LostError
 from shared.fragments import F32
 
 Order = dict[str, Any]
 
 
+TICK_SECONDS = 60.0
+
+
 class Team:
     """This process's place among those that train one model: `rank` of `size`. `group` is theirs, of Gloo; None where
-    it is alone. Methods are collective: all call the same one, in the same order. Each raises FaultError where a rank
-    is lost."""
+    it is alone. Methods are collective: all call the same one, in the same order. Each raises LostError where a rank
+    is gone."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -100,6 +104,26 @@ class Team:
         start, stop = bounds[0]
         return whole[start:stop]
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the head, while it waits for others than its team, which is to hear nothing else meanwhile: the others
+        hear that it is there."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(TICK_SECONDS):
+                self.tell({"do": "tick"})
+
+        ticking = threading.Thread(target=tick, name="ticks", daemon=True)
+        if not self.alone:
+            ticking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if not self.alone:
+                ticking.join()
+
     # -- from the others to the head
 
     def collect(self, part: bytes) -> list[bytes] | None:
@@ -136,7 +160,8 @@ class Team:
         return [msgpack.unpackb(part, strict_map_key=False) for part in msgpack.unpackb(together)]
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """Does `work`, and raises what it raises; where it fails at another rank, at everyone, as the same error."""
+        """Does `work` and returns what it does. Where it fails, at whichever rank, the head raises what it raised there,
+        and the others LostError."""
         error: BaseException | None = None
         done: Any = None
         try:
@@ -144,12 +169,12 @@ class Team:
         except Exception as failed:
             error = failed
         told = self.tell_all({"error": None if error is None else [type(error).__name__, str(error)]})
-        if error is not None:
+        if self.head and error is not None:
             raise error
         for rank, each in enumerate(told):
             if each["error"] is not None:
                 kind, text = each["error"]
-                raise _error(kind, text, rank)
+                raise _error(kind, text, rank) if self.head else LostError("the head says why")
         return done
 
     def _send(self, data: np.ndarray[Any, Any], rank: int) -> None:
@@ -172,7 +197,7 @@ class Team:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            raise FaultError(f"a process of this site is lost: {str(error).splitlines()[0]}") from None
+            raise LostError(f"a process of this site is lost: {str(error).splitlines()[0]}") from None
 
 
 ALONE = Team()

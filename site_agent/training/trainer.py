@@ -175,6 +175,18 @@ class Trainer(Replica):
                 torch.accelerator.empty_cache()
         return True
 
+    def time_exchange(self) -> float:
+        """Seconds in which the groups' gradients are summed; 0 where there is one group."""
+        if self.seat.exchange is None:
+            return 0.0
+        self.seat.exchange.sum(self._trained, 0.0)
+        began = time.perf_counter()
+        self.seat.exchange.sum(self._trained, 0.0)
+        self._synchronize()
+        took = time.perf_counter() - began
+        self.optimizer.zero_grad()
+        return max(each for (each,) in self.team.everyone(took))
+
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""
         self.optimizer.reset()

@@ -1,0 +1,82 @@
+"""Several processes on one machine, one for each of its devices: torch's elastic launcher, which is what torchrun is.
+
+It is started here only where nobody has started processes for the site yet, so that `isthmus site run` is all that a
+machine with eight devices takes. On several machines it is `torchrun` on each (deploy/slurm, deploy/kubernetes).
+
+When a process dies the launcher ends the others, and all are started again: they go on from the last local checkpoint,
+and the run has gone on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from shared.config import SiteConfig
+from shared.errors import ConfigError, FaultError, RefusedError
+from site_agent.training.makes import devices_of
+
+log = logging.getLogger(__name__)
+
+FINAL = (ConfigError.exit_code, RefusedError.exit_code, 130, 143)
+"""Exit codes that starting again does not help."""
+TRIES, SOUND_SECONDS = 3, 600.0
+"""So many starts in a row whose processes die within so many seconds, and it is given up."""
+LEAVING_SECONDS = 10.0
+
+
+def processes_of(config: SiteConfig) -> int:
+    """How many processes this machine has for the site, one for each device. Raises ConfigError."""
+    return len(devices_of(config.devices.device))
+
+
+def launch(config: SiteConfig, arguments: Sequence[str]) -> int:
+    """`python -m isthmus ARGUMENTS` in as many processes as the site has devices here, until they are done. Returns the
+    exit code of the site."""
+    tries = 0
+    while True:
+        began = time.monotonic()
+        code = _run(processes_of(config), arguments, config.site.stop_seconds)
+        if code == 0 or code in FINAL:
+            return code
+        tries = tries + 1 if time.monotonic() - began < SOUND_SECONDS else 1
+        if tries >= TRIES:
+            log.error("processes of this site died %d times in a row; giving up", tries)
+            return FaultError.exit_code
+        log.error("a process of this site died (exit code %d); starting all again from the last checkpoint", code)
+
+
+def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
+    """Once. Returns the exit code that says most."""
+    # Cores are shared, and ranks meet on this machine whatever its name leads to.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    launcher = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=int(stop_seconds + LEAVING_SECONDS),
+    )
+    try:
+        elastic_launch(launcher, sys.executable)("-m", "isthmus", *arguments)
+    except ChildFailedError as failed:
+        codes = [failure.exitcode for failure in failed.failures.values()]
+        # One that is killed by a signal has it negative.
+        told = [128 - code if code < 0 else code for code in codes]
+        return next((code for code in told if code in FINAL), told[0])
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0

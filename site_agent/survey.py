@@ -1,0 +1,87 @@
+"""What a site's devices do with a run, found by doing it: real steps on its own data, before anything is trained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from shared.config import RunConfig, SiteConfig, received_run
+from shared.fragments import Layout
+from shared.protocol import Preview
+from shared.task import BatchStream, Shard
+from site_agent.asking import ask_all, whole_layout
+from site_agent.core.memory import Needed
+from site_agent.core.mixture import Verdict, judge
+from site_agent.crew import Crew, needed, prepare
+from site_agent.training.batches import Ahead
+from site_agent.training.ensemble import Ensemble
+from site_agent.training.forms import Parallel
+
+CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Seconds of an inner step; what each group did in it, in sequences per second; seconds of their exchange of
+    gradients, and what that says of averaging them (None: there is one group). Bytes on the head's device: what must
+    be there at least, and the most that torch held there (None where it does not count)."""
+
+    step_seconds: float
+    speeds: tuple[float, ...]
+    exchange_seconds: float
+    verdict: Verdict | None
+    needed: Needed
+    peak: int | None
+
+
+def recruit(
+    crew: Crew, config: SiteConfig, values: Mapping[str, Any], layout: Layout, fingerprint: Mapping[str, str]
+) -> Ensemble:
+    """All ranks of the crew with the run's model, as one trainer; for the head. Raises ConfigError."""
+    crew.team.tell({"do": "prepare", "config": values, "layout": layout.to_wire(), "fingerprint": dict(fingerprint)})
+    trainer = prepare(crew, config, received_run(dict(values)), layout, fingerprint)
+    return Ensemble(trainer, config.devices.micro_batch)
+
+
+def stream_for(crew: Crew, stream: BatchStream) -> BatchStream:
+    """A stream that draws ahead while an accelerator is at work. On the CPU it would take what the work needs."""
+    return stream if crew.device.type == "cpu" else Ahead(stream)
+
+
+def calibrate(crew: Crew, ensemble: Ensemble, stream: BatchStream) -> float:
+    """Median seconds of an inner step, once passes have the size that devices have memory for."""
+    stream = stream_for(crew, stream)
+    ensemble.fit(next(stream))
+    return ensemble.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
+
+
+def survey(crew: Crew, ensemble: Ensemble, stream: BatchStream, run: RunConfig) -> Survey:
+    """Measures the crew at the run; for the head."""
+    seconds = calibrate(crew, ensemble, stream)
+    trainer, speeds = ensemble.trainer, tuple(ensemble.balance.speeds)
+    exchange = ensemble.exchange_seconds()
+    verdict = judge(run.inner.batch_size, crew.groups, speeds, exchange) if len(crew.groups) > 1 else None
+    peak = torch.accelerator.max_memory_allocated(crew.device) if crew.device.type != "cpu" else None
+    parallel: Parallel = "fsdp" if trainer.form.sharded else "ddp"
+    return Survey(seconds, speeds, exchange, verdict, needed(crew, run, trainer.layout, parallel), peak)
+
+
+def preview_stream(preview: Preview, run: RunConfig, task: Any) -> BatchStream:
+    """Data as this site would get it if it joined now."""
+    stream: BatchStream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
+    return stream
+
+
+def decision(crew: Crew, config: SiteConfig) -> dict[str, Any]:
+    """What to do with several groups, by what they are measured to do with the run; see `crew.settled`."""
+    asked = asyncio.run(ask_all(config))
+    preview, layout = asked[0].preview, whole_layout(asked)
+    run = received_run(preview.config)
+    ensemble = recruit(crew, config, preview.config, layout, preview.fingerprint)
+    verdict = survey(crew, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
+    assert verdict is not None
+    return asdict(verdict)
