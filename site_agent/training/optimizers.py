@@ -139,8 +139,10 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def _build(rule: Rule, inner: InnerTable, named: dict[str, nn.Parameter], **options: Any) -> Optimizer:
-    like = next(iter(named.values()), torch.empty(0))
-    return rule(_groups(inner, named), lr=inner.lr, **options, **kernel(rule, like))
+    groups = _groups(inner, named)
+    for group in groups:
+        group.update(kernel(rule, group["params"][0][1]))
+    return rule(groups, lr=inner.lr, **options)
 
 
 def _groups(inner: InnerTable, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

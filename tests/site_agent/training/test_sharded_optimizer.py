@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,13 +53,13 @@ def net() -> nn.Module:
     return Net()
 
 
-def sharded() -> nn.Module:
-    """The same net, cut among all ranks."""
+def sharded(partly: bool = False) -> nn.Module:
+    """The same net, cut among all ranks; or only its layers."""
     model = net()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return model if partly else fully_shard(model, mesh=mesh)
 
 
 def give_gradients(model: nn.Module, seed: int) -> None:
@@ -104,8 +103,8 @@ def same(ours: Weights, theirs: Weights) -> bool:
 # ---- what the ranks do
 
 
-def trained_sharded(name: str) -> tuple[Weights, list[float]]:
-    model = sharded()
+def trained_sharded(name: str, partly: bool) -> tuple[Weights, list[float]]:
+    model = sharded(partly)
     _, norms = train(model, name)
     return whole_weights(model), norms
 
@@ -198,10 +197,7 @@ def kernels() -> list[dict[str, bool]]:
 def mixed_clip() -> tuple[float, bool, bool, str]:
     """Gradients cut and whole: the norm, whether they are clipped as those of one process, and what is said of a
     gradient that only the other rank knows not to be finite, and without a group."""
-    model = net()
-    reference = copy.deepcopy(model)
-    for layer in model.layers:  # type: ignore[union-attr]
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    model, reference = sharded(partly=True), net()
     give_gradients(model, 3)
     give_gradients(reference, 3)
     norm, _ = clip(model.parameters(), 0.5, group=dist.group.WORLD)
@@ -221,12 +217,13 @@ def mixed_clip() -> tuple[float, bool, bool, str]:
 # ---- what must come out
 
 
+@pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-def test_two_processes_end_in_the_bits_of_one(name: str) -> None:
+def test_two_processes_end_in_the_bits_of_one(name: str, partly: bool) -> None:
     alone = net()
     _, norms = train(alone, name)
     assert hidden_matrices(alone) >= {"square.weight"}
-    for weights, their_norms in run_ranks(2, trained_sharded, name):
+    for weights, their_norms in run_ranks(2, trained_sharded, name, partly):
         assert same(weights, whole_weights(alone))
         assert their_norms == norms
 
