@@ -160,8 +160,8 @@ class Team:
         return [msgpack.unpackb(part, strict_map_key=False) for part in msgpack.unpackb(together)]
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """Does `work` and returns what it does. Where it fails, at whichever rank, the head raises what it raised there,
-        and the others LostError."""
+        """Does `work` and returns what it does. Where it fails, at whichever rank, the head raises what was raised
+        there, and the others LostError."""
         error: BaseException | None = None
         done: Any = None
         try:
