@@ -188,6 +188,7 @@ def test_the_directory_of_another_run_is_refused_by_the_key_that_differs(
         {"outer": {"lr": 0.5}},
         {"wire": {"upload": "int8"}},
         {"task": {"paths": ["elsewhere"]}},
+        {"task": {"cache": "elsewhere"}},
     ],
 )
 def test_what_may_change_within_a_run_may_change_at_a_restart(

@@ -355,6 +355,13 @@ def test_a_sample_continues_the_prompt_and_leaves_the_model_as_it_was(model_dir:
     assert all(module.training for module in model.modules())
 
 
+def test_a_sample_is_drawn_without_dropout(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    t = task(write_config(tmp_path, GPT2, resid_pdrop=0.5, embd_pdrop=0.5))
+    model = build_model(t, 0).train()
+    assert t.generate(model, "to be", 20, seed=1) == t.generate(model, "to be", 20, seed=1)
+
+
 def test_the_fingerprint_is_of_what_the_model_computes(model_dir: Path, tmp_path: Path) -> None:
     fingerprint = task(model_dir).fingerprint()
     assert set(fingerprint) == {"model", "tokenizer", "end_of_text"}

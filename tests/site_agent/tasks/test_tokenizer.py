@@ -49,7 +49,7 @@ def test_special_tokens_in_a_text_are_read_and_none_is_added(tmp_path: Path) -> 
 def test_the_digest_is_of_what_it_does_and_not_of_how_the_file_is_laid_out(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path)
     digest = load_tokenizer(path).digest
-    changed(path, truncation=None, padding=None)
+    changed(path, truncation={"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0})
     assert load_tokenizer(path).digest == digest
     changed(path, normalizer={"type": "Lowercase"})
     assert load_tokenizer(path).digest != digest
