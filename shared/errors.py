@@ -5,7 +5,7 @@ IsthmusError            exit code 1: should not reach a user
 ├── RefusedError        exit code 3: the coordinator said no, with a stable `code`
 ├── FaultError          exit code 4: gave up on faults (network, disk)
 │   ├── CorruptError    exit code 4: a file's bytes are not what its digest says
-│   └── LostError       exit code 4: another process of the same site is gone
+│   └── LostError       exit code 75: another process of the same site is gone
 └── FormatError         a message or container that is malformed; its sender is at fault
 """
 
@@ -46,7 +46,10 @@ class CorruptError(FaultError):
 
 
 class LostError(FaultError):
-    """Another process of this site is gone; it, or the launcher, says why."""
+    """Another process of this site is gone; it, or the launcher, says why. Its exit code is for the launcher, which
+    starts all of them again."""
+
+    exit_code = 75
 
 
 class FormatError(IsthmusError):

@@ -34,7 +34,7 @@ def check(config: SiteConfig) -> None:
     console = Console(highlight=False)
 
     def say(what: str, text: str) -> None:
-        console.print(f"[bold]{what:<11}[/] {escape(text)}")
+        console.print(f"[bold]{what:<11}[/] {escape(text)}", soft_wrap=True)
 
     _devices(say, crew)
     asked = asyncio.run(ask_all(config))

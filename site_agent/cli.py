@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -13,10 +18,36 @@ from shared.program import command, set_up_logging
 
 app = typer.Typer(no_args_is_help=True, help="The agent that trains in one datacenter.")
 
+P = ParamSpec("P")
+
+
+def _ended(function: Callable[P, None]) -> Callable[P, None]:
+    """A command that lets go of the process groups of a site of several processes, whose threads would abort its end;
+    where it ends with an exit code at once, because the others may not be there to answer."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from site_agent.crew import disband, launched
+
+        try:
+            function(*args, **kwargs)
+        except SystemExit as ended:
+            if not launched():
+                raise
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 1)
+        disband()
+
+    return run
+
+
 SiteArgument = Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site's config.")]
 
 
 @app.command()
+@_ended
 @command
 def run(site: SiteArgument) -> None:
     """Join a run and train until it is finished."""
@@ -34,21 +65,22 @@ def run(site: SiteArgument) -> None:
 
 
 @app.command()
+@_ended
 @command
 def check(site: SiteArgument) -> None:
     """Say what would happen: devices, memory, speed, link, token, layout. Trains nothing and joins nothing for good."""
     config = load_site(site)
-    _in_all_processes(config, ["site", "check", str(site)])
+    _in_all_processes(config, ["site", "check", str(site)], again=False)
     from site_agent.check import check as check_site
 
     check_site(config)
 
 
-def _in_all_processes(config: SiteConfig, arguments: list[str]) -> None:
+def _in_all_processes(config: SiteConfig, arguments: list[str], *, again: bool = True) -> None:
     """Does it in a process for each device of this machine, and ends this one, unless there is one device or somebody
     has started the processes already."""
     from site_agent.crew import launched
     from site_agent.launch import launch, processes_of
 
     if not launched() and processes_of(config) > 1:
-        raise SystemExit(launch(config, arguments))
+        raise SystemExit(launch(config, arguments, again=again))

@@ -63,12 +63,14 @@ class Crew:
         return next(n for n, group in enumerate(self.groups) if self.team.rank in group.ranks)
 
     def describe(self) -> str:
-        """The devices in a line: "2 x NVIDIA H20 (cuda, bf16), 1 x Ascend 910B (npu, bf16)"."""
+        """The devices in a line: "nvidia-h20: 2 x NVIDIA H20 (cuda, bf16); fast: …"; without names where it is one
+        group."""
         told = []
         for group in self.groups:
             one = self.ranks[group.ranks[0]]
-            told.append(f"{len(group.ranks)} x {one.device} ({one.make}, {one.precision})")
-        return ", ".join(told)
+            name = f"{group.name}: " if len(self.groups) > 1 else ""
+            told.append(f"{name}{len(group.ranks)} x {one.device} ({one.make}, {one.precision})")
+        return "; ".join(told)
 
 
 def launched() -> bool:
@@ -107,6 +109,12 @@ def _join() -> Team:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
     return Team(dist.group.WORLD)
+
+
+def disband() -> None:
+    """Lets go of the process groups, once everyone is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(devices: Sequence[torch.device], local: int) -> torch.device:

@@ -26,7 +26,7 @@ from site_agent.training.makes import devices_of
 
 log = logging.getLogger(__name__)
 
-FINAL = (ConfigError.exit_code, RefusedError.exit_code, 130, 143)
+FINAL = (ConfigError.exit_code, RefusedError.exit_code, FaultError.exit_code, 130, 143)
 """Exit codes that starting again does not help."""
 TRIES, SOUND_SECONDS = 3, 600.0
 """So many starts in a row whose processes die within so many seconds, and it is given up."""
@@ -38,9 +38,9 @@ def processes_of(config: SiteConfig) -> int:
     return len(devices_of(config.devices.device))
 
 
-def launch(config: SiteConfig, arguments: Sequence[str]) -> int:
-    """`python -m isthmus ARGUMENTS` in as many processes as the site has devices here, until they are done. Returns the
-    exit code of the site."""
+def launch(config: SiteConfig, arguments: Sequence[str], *, again: bool = True) -> int:
+    """`python -m isthmus ARGUMENTS` in as many processes as the site has devices here, until they are done; `again`
+    where one dies. Returns the exit code of the site."""
     tries = 0
     while True:
         began = time.monotonic()
@@ -48,6 +48,8 @@ def launch(config: SiteConfig, arguments: Sequence[str]) -> int:
         if code == 0 or code in FINAL:
             return code
         tries = tries + 1 if time.monotonic() - began < SOUND_SECONDS else 1
+        if not again:
+            return FaultError.exit_code
         if tries >= TRIES:
             log.error("processes of this site died %d times in a row; giving up", tries)
             return FaultError.exit_code
@@ -56,6 +58,8 @@ def launch(config: SiteConfig, arguments: Sequence[str]) -> int:
 
 def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
     """Once. Returns the exit code that says most."""
+    # What became of them is said here, or by themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Cores are shared, and ranks meet on this machine whatever its name leads to.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if sys.platform == "linux":

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-REDEAL_GAIN = 0.03
+REDEAL_GAIN = 0.05
 """New shares are dealt where a step would be this much shorter by them: less is within what measured speeds waver."""
-SETTLED_STEPS = 8
+SETTLED_STEPS = 16
 """Steps between two deals; the median of as many is a group's speed."""
 
 

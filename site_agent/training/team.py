@@ -12,6 +12,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,10 +198,15 @@ class Team:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            raise LostError(f"a process of this site is lost: {str(error).splitlines()[0]}") from None
+            raise LostError(f"a process of this site is lost: {_reason(error)}") from None
 
 
 ALONE = Team()
+
+
+def _reason(error: Exception) -> str:
+    """Gloo's first sentence, without where in its source it stands."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 def _error(kind: str, text: str, rank: int) -> IsthmusError:
