@@ -11,13 +11,11 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import torch.distributed.run
 import yaml
-from typer.main import get_command
 
-from isthmus import app
 from shared.config import load_run, load_site
 from site_agent.tasks.byte_lm import ByteLM
+from tests.support.command_line import parse, parse_torchrun
 
 ROOT = Path(__file__).parents[2]
 DIRECTORIES = ("coordinator", "site", "site-of-several-nodes")
@@ -100,16 +98,6 @@ def toml(name: str, tmp_path: Path) -> Path:
 
 def mount_paths(name: str) -> dict[str, str]:
     return {mount["name"]: mount["mountPath"] for mount in container(name)["volumeMounts"]}
-
-
-def parse(arguments: list[str]) -> dict[str, Any]:
-    """`isthmus ARGUMENTS…` as its own command line understands it; nothing is run."""
-    command: Any = get_command(app)
-    left = list(arguments)
-    while hasattr(command, "commands"):
-        command = command.commands[left.pop(0)]
-    parameters: dict[str, Any] = command.make_context("isthmus", left).params
-    return parameters
 
 
 # -- the API
@@ -264,7 +252,7 @@ def test_the_nodes_of_a_site_meet_at_the_first_pod(tmp_path: Path) -> None:
     document, started = one("site-of-several-nodes", "Job"), container("site-of-several-nodes")
     service = one("site-of-several-nodes", "Service")
     assert started["command"] == ["torchrun"]
-    parsed = torch.distributed.run.get_args_parser().parse_args(started["args"])
+    parsed = parse_torchrun(started["args"])
     nodes = document["spec"]["completions"]
     assert nodes > 1
     assert document["spec"]["parallelism"] == nodes, "all at once, or they wait for ever"
