@@ -15,10 +15,12 @@ RUN groupadd --gid 10001 isthmus \
 # CPU builds. Without one, pip takes the default build of torch: it works too, and on x86 carries gigabytes of GPU
 # libraries that a CPU image never loads.
 ARG PIP_EXTRA_ARGS=""
+# Extras of pyproject.toml, as "hf" for the task hf-causal-lm.
+ARG EXTRAS=""
 ENV PATH=/opt/isthmus/bin:$PATH
 COPY pyproject.toml constraints.txt /src/
 RUN python3 -m venv /opt/isthmus \
- && python -c "import tomllib; print(*tomllib.load(open('/src/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+ && python -c "import tomllib; p = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *(d for e in '$EXTRAS'.split() for d in p['optional-dependencies'][e]), sep='\n')" \
       > /src/requirements.txt \
  && pip install --no-cache-dir --disable-pip-version-check $PIP_EXTRA_ARGS \
       -c /src/constraints.txt -r /src/requirements.txt
