@@ -174,7 +174,7 @@ def test_on_the_cpu_a_step_rounds_alike_however_a_tensor_is_cut() -> None:
     def trained(cut: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(0)
         pieces = [nn.Parameter(piece.clone()) for piece in torch.randn(1003, generator=random).split(cut)]
-        optimizer = AdamW(pieces, lr=1e-2, **kernel(AdamW, pieces[0]))
+        optimizer = AdamW(pieces, lr=1e-2, **kernel(AdamW, pieces))
         for _ in range(20):
             gradients = torch.randn(1003, generator=random) * 10 ** torch.randint(-6, 3, (1003,), generator=random)
             for piece, gradient in zip(pieces, gradients.split(cut), strict=True):

@@ -188,7 +188,7 @@ def kernels() -> list[dict[str, bool]]:
     mesh = init_device_mesh("cpu", (2,))
     like_this = next(sharded().parameters())
     return [
-        kernel(AdamW, like_this),
+        kernel(AdamW, [like_this]),
         fastest(AdamW, torch.device("cpu"), torch.float32, mesh),
         fastest(SGD, torch.device("cpu"), torch.float32, mesh),
     ]
