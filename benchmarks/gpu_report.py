@@ -62,7 +62,8 @@ def _of_run(row: Row) -> Iterable[str]:
         yield f"anchors are not the coordinator's at every site ({row['repairs']} repaired)"
     if row["least_contributions"] < LEAST_CONTRIBUTIONS:
         yield f"a fragment has {row['least_contributions']} contributions; give more --seconds"
-    if not row["eval_loss"] < row["initial_eval_loss"]:
+    losses = row["initial_eval_loss"], row["eval_loss"]
+    if all(map(_sound, losses)) and losses[1] >= losses[0]:
         yield f"the held-out loss went from {row['initial_eval_loss']} to {row['eval_loss']}"
 
 
@@ -99,8 +100,8 @@ _NOTHING_YET = """\
 **No accelerator has been at hand so far, so none of this is measured.** Where there is none, the same command says so
 and checks itself on the CPU with a tiny model (`--self-check`): that every figure is there, finite and above zero, that
 the run finishes, that anchors are the coordinator's at every site, bit for bit, and that the loss falls. What follows
-is what that printed. **Its speeds are no claims**: processes share the cores with each other, and sites with their
-coordinator too."""
+is what that printed. **Its speeds are no claims**: processes share the cores with each other, sites with their
+coordinator too, and all of them with whatever else the machine has to do."""
 MEANING = """\
 Tokens per second are of all processes together. Loops: the median over six windows; of before and after, the faster one
 is what sites are compared with. Sites: all the time from the end of the first cycle until the first fragment is
@@ -125,10 +126,10 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def _setting(about: Row, row: Row) -> str:
     return (
-        f"{about['device']} ({about['device_type']}, {about['device_memory_bytes'] / 1e9:.0f} GB), {about['precision']}; "
-        f"{about['cpu']}, {about['cores']} cores; torch {about['torch']}, {about['date']}. {row['params'] / 1e6:.1f} M "
-        f"parameters, {row['batch_size']} sequences a step, H = {row['steps']}, {row['upload']} up, "
-        f"{row['publish']} down."
+        f"{about['device']} ({about['device_type']}, {about['device_memory_bytes'] / 1e9:.0f} GB), "
+        f"{about['precision']}; {about['cpu']}, {about['cores']} cores; torch {about['torch']}, {about['date']}. "
+        f"{row['params'] / 1e6:.1f} M parameters, {row['batch_size']} sequences a step, H = {row['steps']}, "
+        f"{row['upload']} up, {row['publish']} down."
     )
 
 
