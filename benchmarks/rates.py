@@ -51,9 +51,10 @@ def together(series: Sequence[Sequence[Sample]]) -> Rate:
     """The rate while all of them trained. Raises FaultError where that was no time at all."""
     begin, end = max(each[0].at for each in series), min(each[-1].at for each in series)
     cut = [[sample for sample in each if begin <= sample.at <= end] for each in series]
-    if any(len(each) < 2 for each in cut):
+    thinned = [_thinned(each, (end - begin) / WINDOWS) if each else [] for each in cut]
+    if any(len(each) < 2 for each in thinned):
         raise FaultError("they hardly trained at the same time; give more --seconds")
-    windows = [[_rate(*ends) for ends in pairwise(_thinned(each, (end - begin) / WINDOWS))] for each in cut]
+    windows = [[_rate(*ends) for ends in pairwise(each)] for each in thinned]
     # Windows of one place in time, summed over the processes: what one has less another may have more.
     sums = [sum(parts) for parts in zip(*windows, strict=False)]
     median = statistics.median(sums)
@@ -80,11 +81,9 @@ def _rate(first: Sample, last: Sample) -> float:
 
 
 def _thinned(samples: Sequence[Sample], seconds: float) -> list[Sample]:
-    """Those at least so far apart, the first one and one other included."""
+    """The first one, and of the others those at least so far apart."""
     kept = [samples[0]]
     for sample in samples[1:]:
         if sample.at - kept[-1].at >= 0.99 * seconds:
             kept.append(sample)
-    if len(kept) == 1:
-        kept.append(samples[-1])
     return kept

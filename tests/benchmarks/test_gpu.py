@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu` that need no accelerator: what is trained, the loop, what is read of sites, the script."""
+"""The parts of `benchmarks.gpu` that need no accelerator: what is trained, the loop, what sites tell, the script."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import FULL, QUICK, SELF_CHECK
+from benchmarks.gpu_report import page
 from benchmarks.gpu_runs import Setup, metrics_of, needed_bytes, site_tables
 from benchmarks.plain_loop import precision_of, train
 from benchmarks.processes import free_port, write_toml
@@ -87,6 +88,7 @@ def test_what_is_read_of_a_site_is_what_agents_serve() -> None:
         server.server_close()
     assert said["isthmus_site_tokens_total"] == 512
     assert said["isthmus_site_training_share"] == 0.75
+    assert not any("{" in name for name in said)
     assert {"isthmus_site_bytes_up_total", "isthmus_site_bytes_down_total"} <= said.keys()
 
 
@@ -118,6 +120,23 @@ def test_what_is_given_takes_the_place_of_the_usual(monkeypatch: pytest.MonkeyPa
     assert setup.seconds == QUICK.seconds
     with pytest.raises(ConfigError, match="--sites"):
         gpu.setup_of(options(sites=[0]))
+
+
+@pytest.mark.parametrize(("finished", "code"), [(True, 0), (False, 1)])
+def test_the_check_ends_well_only_if_nothing_is_amiss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: bool, code: int
+) -> None:
+    document = json.loads((ROOT / "docs" / "results" / "gpu.json").read_text(encoding="utf-8"))
+    document["rows"] = [{**row, "finished": finished} if row["kind"] == "sites" else row for row in document["rows"]]
+    monkeypatch.setattr(gpu, "run", lambda setup: document)
+    monkeypatch.setenv("PYTHONPATH", "")
+    files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    monkeypatch.setattr(sys, "argv", ["gpu", "--self-check", *files])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == code
+    assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8")) == document
+    assert (tmp_path / "gpu.md").read_text(encoding="utf-8") == page(document)
 
 
 def test_the_script_is_sound_bash() -> None:

@@ -43,6 +43,8 @@ def test_few_samples_are_windows_of_their_own() -> None:
 def test_processes_that_never_trained_together_have_no_rate() -> None:
     with pytest.raises(FaultError, match="give more --seconds"):
         together([training(0, 5, 1.0), training(6, 9, 1.0)])
+    with pytest.raises(FaultError, match="give more --seconds"):
+        together([training(0, 60, 1.0), [Sample(0, 0), Sample(1, 1), Sample(100, 100)]])
 
 
 def seen(at: float, *tokens: float, merged: tuple[int, ...] = (0, 0)) -> Seen:
