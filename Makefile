@@ -28,6 +28,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.merge --quick $(ARGS)
 	$(BIN)/python -m benchmarks.codec --quick
 	$(BIN)/python -m benchmarks.encode_device --quick
+	PYTHON=$(BIN)/python benchmarks/gpu.sh --quick
 	$(BIN)/python -m benchmarks.variants --quick
 	$(BIN)/python -m benchmarks.round --quick
 	$(BIN)/python -m benchmarks.memory --quick
