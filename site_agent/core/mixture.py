@@ -8,7 +8,7 @@ higher loss for the same tokens (+0.2% to +0.7% from one learner to two, arXiv 2
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,19 +43,26 @@ class Group:
 
 def groups_of(ranks: Sequence[Rank], named: Sequence[str] = ()) -> list[Group]:
     """Ranks whose devices have the same make and name, in the order of their first ranks. `named`: a name for each
-    rank from its own config, where it has one; it sets a group apart."""
-    kinds: dict[tuple[str, str], list[int]] = {}
+    rank from its own config, where it has one: it sets a rank apart, with those of its make that have the same."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
     for rank, one in enumerate(ranks):
-        name = named[rank] if named and named[rank] else ""
-        kinds.setdefault((name, "" if name else f"{one.make} {one.device}"), []).append(rank)
-    groups, taken = [], set[str]()
-    for (name, device), members in kinds.items():
-        slug = name or slug_of(device)
-        while slug in taken:
-            slug = f"{slug[: SLUG - 2]}-2" if not slug[-1].isdigit() else f"{slug[:-1]}{int(slug[-1]) + 1}"
-        taken.add(slug)
+        name = named[rank] if named else ""
+        kinds.setdefault((one.make, name, "" if name else one.device), []).append(rank)
+    groups: list[Group] = []
+    for (make, name, device), members in kinds.items():
+        slug = _free_slug(name or slug_of(f"{make} {device}"), {group.name for group in groups})
         groups.append(Group(slug, tuple(members)))
     return groups
+
+
+def _free_slug(slug: str, taken: Collection[str]) -> str:
+    """The first of slug, slug-2, slug-3 … that nobody has."""
+    free, number = slug, 1
+    while free in taken:
+        number += 1
+        end = f"-{number}"
+        free = slug[: SLUG - len(end)].rstrip("-") + end
+    return free
 
 
 def slug_of(device: str) -> str:

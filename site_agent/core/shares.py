@@ -9,13 +9,14 @@ passes, because they meet in each: where one has no sequence for a pass it takes
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 REDEAL_GAIN = 0.05
 """New shares are dealt where a step would be this much shorter by them: less is within what measured speeds waver."""
+ANOTHER_SPEED = 2 * REDEAL_GAIN
+"""A group's speed has to be another by so much to be worth a new deal: what two groups gain is half of it at most."""
 SETTLED_STEPS = 16
 """Steps between two deals; the median of as many is a group's speed."""
 
@@ -64,31 +65,63 @@ def passes(first: int, sequences: int, ranks: int, most: int) -> list[list[Pass]
 
 class Balance:
     """The shares of a site's groups, dealt anew as their speeds drift. `speeds` are sequences per second as measured
-    before the first step; `batch` is the site's."""
+    before the first step; `batch` is the site's.
+
+    Shares are dealt as if a group took as long for each sequence, which is only about true: a pass has costs of its
+    own, however many sequences are in it. So one deal leads to the next, and in the end to one that has been before,
+    for ever to and fro. Then the best of them, as measured, stays until a group's speed with it is another.
+    """
 
     def __init__(self, batch: int, speeds: Sequence[float]) -> None:
         self.batch, self.speeds = batch, list(speeds)
         self.shares = deal(batch, speeds)
-        self._taken: list[deque[float]] = [deque(maxlen=SETTLED_STEPS) for _ in speeds]
+        self._measured: list[list[float]] = [[] for _ in speeds]
+        self._tried: list[Tried] = []
+        self._settled: Tried | None = None
 
     def stepped(self, took: Sequence[float]) -> bool:
         """A step was taken, in so many seconds by each group. Whether the shares are others now."""
-        for group, one in enumerate(took):
-            if self.shares[group]:
-                self._taken[group].append(self.shares[group] / max(one, 1e-9))
-        if len(took) < 2 or any(share and len(taken) < SETTLED_STEPS for share, taken in self._now()):
+        if len(took) < 2:
+            return False
+        for measured, share, one in zip(self._measured, self.shares, took, strict=True):
+            if share:
+                measured.append(share / max(one, 1e-9))
+        if max(map(len, self._measured)) < SETTLED_STEPS:
             return False
         self.speeds = [
-            statistics.median(taken) if share else speed
-            for (share, taken), speed in zip(self._now(), self.speeds, strict=True)
+            statistics.median(measured) if measured else speed
+            for measured, speed in zip(self._measured, self.speeds, strict=True)
         ]
-        better = deal(self.batch, self.speeds)
-        if seconds(better, self.speeds) > (1 - REDEAL_GAIN) * seconds(self.shares, self.speeds):
-            return False
-        self.shares = better
-        for taken in self._taken:
-            taken.clear()
-        return True
+        for measured in self._measured:
+            measured.clear()
+        shares, self.shares = self.shares, self._next()
+        return self.shares != shares
 
-    def _now(self) -> list[tuple[int, deque[float]]]:
-        return list(zip(self.shares, self._taken, strict=True))
+    def _next(self) -> list[int]:
+        """The shares from here on, by the speeds with those until now."""
+        now = Tried(self.shares, self.speeds, seconds(self.shares, self.speeds))
+        if self._settled is not None and now.like(self._settled):
+            return self.shares
+        self._settled = None
+        self._tried.append(now)
+        better = deal(self.batch, self.speeds)
+        gains = seconds(better, self.speeds) < (1 - REDEAL_GAIN) * now.seconds
+        if gains and all(better != tried.shares for tried in self._tried):
+            return better
+        self._settled = min(self._tried, key=lambda tried: tried.seconds)
+        self._tried = []
+        return self._settled.shares
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Shares, the groups' speeds with them, and how long the slowest took."""
+
+    shares: list[int]
+    speeds: list[float]
+    seconds: float
+
+    def like(self, other: Tried) -> bool:
+        """Whether it is the same as then, as far as speeds can be measured."""
+        speeds = zip(self.speeds, other.speeds, strict=True)
+        return self.shares == other.shares and all(abs(one - then) <= ANOTHER_SPEED * then for one, then in speeds)

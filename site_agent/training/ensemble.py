@@ -27,7 +27,7 @@ from site_agent.core.alignment import How
 from site_agent.core.shares import Balance, Pass, passes
 from site_agent.training.batches import Ahead, cut, pack, sequences_of, unpack
 from site_agent.training.replica import DivergedError
-from site_agent.training.team import Order
+from site_agent.training.team import Order, Team
 from site_agent.training.trainer import Trainer, Work
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ class Ensemble:
         return _plan(sequences, tuple(shares), tuple(group.ranks for group in groups), self.micro_batch)
 
     def fit(self, batch: Batch) -> None:
-        """Sets the micro-batch to the most sequences that every device has memory for, by trying, unless it is set.
-        Raises FaultError where there is none for one."""
+        """Sets the micro-batch to the most sequences that every device has memory for, by trying, unless it is set. The
+        caller writes the weights afterwards. Raises FaultError where there is none for one."""
         if self.micro_batch or self.trainer.form.sharded or self.trainer.device.type == "cpu":
             return
         try:
@@ -113,8 +113,7 @@ class Ensemble:
             log.info("a pass is over at most %d sequences, which is what the devices have memory for", self.micro_batch)
 
     def _all_fit(self, batch: Batch) -> bool:
-        work = self._dealt("fits", batch)
-        return _all_fit(self.trainer, work)
+        return _all_fit(self.trainer, self._dealt("fits", batch))
 
     def calibrate(self, stream: BatchStream, steps: int, seconds: float) -> float:
         """Median seconds of an inner step, from at most `steps` real ones and about `seconds`, after those that warm
@@ -227,13 +226,13 @@ def serve(trainer: Trainer) -> Order:
         order = team.hear()
         match order["do"]:
             case "step":
-                trainer.step([_work(each) for each in unpack(team.give(None))], order["lr"])
+                trainer.step(_given(team), order["lr"])
             case "forward":
-                trainer.forward([_work(each) for each in unpack(team.give(None))])
+                trainer.forward(_given(team))
             case do if do in PER_FRAGMENT:
                 _one_fragment(trainer, do, order["fragment"], [None] * order["vectors"], order["more"])
             case "fits":
-                _all_fit(trainer, [_work(each) for each in unpack(team.give(None))])
+                _all_fit(trainer, _given(team))
             case "reset" | "state" | "set_aside" | "take_back" | "time_exchange" as do:
                 getattr(trainer, do)()
             case "seed":
@@ -298,6 +297,11 @@ def _plan(sequences: int, shares: tuple[int, ...], groups: tuple[tuple[int, ...]
 
 def _stated(one: Pass, part: Batch) -> list[Any]:
     return [part, one.stop - one.start, one.weighs]
+
+
+def _given(team: Team) -> list[Work]:
+    """The passes that the head gives to this rank."""
+    return [_work(each) for each in unpack(team.give(None))]
 
 
 def _work(stated: Sequence[Any]) -> Work:

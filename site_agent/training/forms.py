@@ -77,6 +77,12 @@ class Form:
             loss, tokens = self.task.loss(self.model, batch)
         return loss, int(tokens)
 
+    def pass_alone(self, batch: Batch) -> None:
+        """A forward and a backward pass of which no other rank of the group knows; its gradient is this rank's own."""
+        with self._autocast():
+            loss, _ = self.task.loss(self.model, batch)
+        loss.backward()
+
     def settle(self) -> None:
         """After forward passes alone: the next one is to see weights that are written now."""
 

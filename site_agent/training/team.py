@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgpack
@@ -28,8 +28,6 @@ from shared.errors import ConfigError, FaultError, IsthmusError, LostError
 from shared.fragments import F32
 
 Order = dict[str, Any]
-
-
 TICK_SECONDS = 60.0
 
 
@@ -112,8 +110,10 @@ class Team:
         over = threading.Event()
 
         def tick() -> None:
-            while not over.wait(TICK_SECONDS):
-                self.tell({"do": "tick"})
+            # (Where a rank is lost the head finds out by itself, when it has the next thing to say.)
+            with suppress(LostError):
+                while not over.wait(TICK_SECONDS):
+                    self.tell({"do": "tick"})
 
         ticking = threading.Thread(target=tick, name="ticks", daemon=True)
         if not self.alone:
@@ -206,7 +206,8 @@ ALONE = Team()
 
 def _reason(error: Exception) -> str:
     """Gloo's first sentence, without where in its source it stands."""
-    return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(r"^\[[^\]]*\] ", "", first).split(". ")[0]
 
 
 def _error(kind: str, text: str, rank: int) -> IsthmusError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,12 @@ from shared.task import Batch
 from site_agent.training.batches import to_device
 from site_agent.training.forms import Computing, Form, Parallel, Replicated, Sharded, assign, whole
 from site_agent.training.gradients import clip
+from site_agent.training.loss_scale import LossScale
 from site_agent.training.optimizer_state import pack_optimizer, restore_optimizer
 from site_agent.training.optimizers import build_optimizer
 from site_agent.training.replica import Part, Replica
 from site_agent.training.seats import SINGLE, Seat
-from site_agent.training.team import Team
-
-FIRST_SCALE, LARGEST_SCALE, GOOD_STEPS = 2.0**12, 2.0**24, 1000
-"""fp16's gradients are scaled (Micikevicius et al. 2018, arXiv 1710.03740): by half as much where they overflow, by
-twice as much after so many steps in which they have not. They are sums, so it begins below what is usual for means."""
+from site_agent.training.spread import spread
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ class Trainer(Replica):
         self._trained = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer = build_optimizer(run.inner, self.model)
         self.skipped_steps = 0
-        self._scale = FIRST_SCALE if how.precision == "fp16" else 1.0
-        self._good = 0
+        self.scale = LossScale(moves=how.precision == "fp16")
         self._throttle = throttle
         self._compute: deque[float] = deque(maxlen=32)
         self._aside: list[Tensor] = []
@@ -109,13 +105,12 @@ class Trainer(Replica):
             self._slow_down(time.perf_counter() - began, sequences)
         said = self.team.everyone(sum(counts), time.perf_counter() - began)
         tokens = round(sum(count for count, _ in said))
-        factor = self.form.divisor / self._scale
+        factor = self.form.divisor / self.scale.value
         if exchange is not None:
             exchange.sum(self._trained, factor)
             factor = 1.0
         self._optimize(factor / max(1, tokens), any_tokens=tokens > 0)
-        total = sum(float(loss) * count for loss, count in zip(losses, counts, strict=True))
-        total = sum(part for (part,) in self.team.everyone(total))
+        total = sum(part for (part,) in self.team.everyone(_total(losses, counts)))
         if exchange is None:
             self._slow_down(time.perf_counter() - began, sequences)
         took = (max(said[rank][1] for rank in group.ranks) for group in self.seat.groups)
@@ -125,7 +120,7 @@ class Trainer(Replica):
         losses, counts = [], []
         for index, work in enumerate(passes):
             batch, last = to_device(work.batch, self.device), index == len(passes) - 1
-            loss, tokens = self.form.backward(batch, weighs=work.weighs, last=last, scale=self._scale)
+            loss, tokens = self.form.backward(batch, weighs=work.weighs, last=last, scale=self.scale.value)
             if work.weighs:
                 losses.append(loss)
                 counts.append(tokens)
@@ -134,21 +129,13 @@ class Trainer(Replica):
     def _optimize(self, factor: float, *, any_tokens: bool) -> None:
         group = self.seat.collective if self.form.sharded else None
         norm_limit = self.inner.clip_norm or float("inf")
-        finite = any_tokens and clip(self._trained, norm_limit, factor, group)[1]
-        if finite:
+        finite = clip(self._trained, norm_limit, factor, group)[1]
+        if any_tokens:
+            self.scale.stepped(finite=finite)
+        if finite and any_tokens:
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        if self.form.how.precision == "fp16":
-            self._rescale(finite=finite)
-
-    def _rescale(self, *, finite: bool) -> None:
-        """(All ranks of a group have seen the same gradient, so their scales stay the same.)"""
-        self._good = self._good + 1 if finite else 0
-        if not finite:
-            self._scale = max(1.0, self._scale / 2)
-        elif self._good % GOOD_STEPS == 0:
-            self._scale = min(LARGEST_SCALE, self._scale * 2)
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
@@ -162,18 +149,23 @@ class Trainer(Replica):
             time.sleep(max(0.0, sequences * statistics.median(self._compute) / self._throttle - seconds))
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the device has memory for a pass over so much, by trying; it leaves no gradient."""
+        """Whether the device has memory for a pass over so much beside all that a step needs, by trying. The optimizer
+        is a fresh one after it, and weights are the caller's to write."""
+        self.optimizer.set_lr(0.0)
         try:
-            loss, _ = self.task.loss(self.model, to_device(batch, self.device))
-            loss.backward()
+            for _ in range(2):  # in the second pass the optimizer has its state
+                self.form.pass_alone(to_device(batch, self.device))
+                self.optimizer.step()
             self._synchronize()
+            fits = True
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.optimizer.zero_grad()
-            if self.device.type != "cpu":
-                torch.accelerator.empty_cache()
-        return True
+            fits = False
+        # Not before here has the pass let go of what it held.
+        self.optimizer.zero_grad()
+        self.optimizer.reset()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        return fits
 
     def time_exchange(self) -> float:
         """Seconds in which the groups' gradients are summed; 0 where there is one group."""
@@ -191,6 +183,7 @@ class Trainer(Replica):
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""
         self.optimizer.reset()
         self.optimizer.zero_grad()
+        self.scale.reset()
         self._compute.clear()
         self.skipped_steps = 0
 
@@ -260,8 +253,7 @@ class Trainer(Replica):
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """The inverse of `state`, from what the head has; a tensor at a time goes to everyone. Where the optimizer was
         another, it begins anew."""
-        if not self.team.alone:
-            tensors, plain = _shared(self.team, tensors, plain)
+        tensors, plain = spread(self.team, tensors, plain)
         for name, parameter in self.parameters.items():
             assign(parameter, tensors[f"model.{name}"])
         kept = {}
@@ -288,14 +280,15 @@ class Trainer(Replica):
     def forward(self, passes: Sequence[Work]) -> tuple[float, int]:
         """(Σ of loss times tokens, tokens) of passes without gradients, over all ranks."""
         self.model.eval()
-        total, tokens = 0.0, 0
+        losses, counts = [], []
         for work in passes:
             loss, count = self.form.forward(to_device(work.batch, self.device))
             if work.weighs:
-                total, tokens = total + float(loss) * count, tokens + count
+                losses.append(loss)
+                counts.append(count)
         self.model.train()
         self.form.settle()
-        said = self.team.everyone(total, tokens)
+        said = self.team.everyone(_total(losses, counts), sum(counts))
         return sum(part for part, _ in said), round(sum(count for _, count in said))
 
 
@@ -311,41 +304,9 @@ def _local(parameter: Tensor) -> Tensor:
     return local
 
 
-def _shared(
-    team: Team, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
-) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-    """What the head has, at everyone."""
-    if team.head:
-        told: Mapping[str, Any] = {"shapes": {name: _shape(tensor) for name, tensor in tensors.items()}, "plain": plain}
-        team.tell(told)
-    else:
-        told = team.hear()
-    return _Shared(team, told["shapes"], tensors), told["plain"]
-
-
-def _shape(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-
-
-class _Shared(Mapping[str, Tensor]):
-    """The head's tensors by name. Asking for one brings it to all ranks, which ask for the same in the same order."""
-
-    def __init__(self, team: Team, shapes: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
-        self._team, self._shapes, self._held = team, shapes, held
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape = self._shapes[name]
-        mine = self._held[name].contiguous() if self._team.head else torch.empty(shape, dtype=getattr(torch, dtype))
-        return self._team.share(mine)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
+def _total(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """Σ of loss times tokens; a mean over none may be anything."""
+    return sum(float(loss) * count for loss, count in zip(losses, counts, strict=True) if count)
 
 
 def evaluate(task: Any, model: nn.Module, batches: Iterable[Any], device: torch.device) -> float | None:
@@ -356,7 +317,7 @@ def evaluate(task: Any, model: nn.Module, batches: Iterable[Any], device: torch.
     with torch.no_grad():
         for batch in batches:
             loss, tokens = task.loss(model, to_device(batch, device))
-            total += float(loss) * int(tokens)
+            total += _total([loss], [int(tokens)])
             count += int(tokens)
     model.train(was_training)
     return total / count if count else None

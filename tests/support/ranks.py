@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,14 +29,20 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, group: bool = True
+    ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    group: bool = True,
+    lost: Collection[int] = (),
 ) -> list[Any]:
     """What `function(*args)` returns at each of `ranks` processes, in the order of ranks.
 
     `function` stands at the top of a module, and what it takes and returns can be pickled (tensors are copied). Each
     process has one thread of torch, RANK, LOCAL_RANK and WORLD_SIZE in its environment, and a Gloo group as the
     default one, unless `group` is false. Raises RankError with the traceback of the first rank that fails, or after
-    `timeout` seconds; all are killed then.
+    `timeout` seconds; all are killed then. `lost` are ranks that are meant to end without a word, of which there is
+    None; the others do not wait for them in the end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -49,12 +55,14 @@ def run_ranks(
                 ours, theirs = context.Pipe(duplex=False)
                 ends.append(ours)
                 process = context.Process(
-                    target=_rank, args=(theirs, rank, ranks, store, timeout, _plain((function, args))), daemon=True
+                    target=_rank,
+                    args=(theirs, rank, ranks, store, timeout, not lost, _plain((function, args))),
+                    daemon=True,
                 )
                 process.start()
                 processes.append(process)
                 theirs.close()
-            return _collect(ends, time.monotonic() + timeout)
+            return _collect(ends, time.monotonic() + timeout, lost)
         finally:
             for process in processes:
                 process.kill()
@@ -64,8 +72,8 @@ def run_ranks(
                 end.close()
 
 
-def _collect(ends: list[Connection], deadline: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(ends: list[Connection], deadline: float, lost: Collection[int]) -> list[Any]:
+    results: dict[int, Any] = dict.fromkeys(lost)
     while len(results) < len(ends):
         waiting = [end for rank, end in enumerate(ends) if rank not in results]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
@@ -85,7 +93,9 @@ def _collect(ends: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(ends))]
 
 
-def _rank(answer: Connection, rank: int, ranks: int, store: Path | None, timeout: float, work: bytes) -> None:
+def _rank(
+    answer: Connection, rank: int, ranks: int, store: Path | None, timeout: float, together: bool, work: bytes
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead to an address
@@ -100,7 +110,7 @@ def _rank(answer: Connection, rank: int, ranks: int, store: Path | None, timeout
             )
         function, args = pickle.loads(work)
         said = _plain((True, function(*args)))
-        if store is not None:
+        if store is not None and together:
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
     except BaseException:

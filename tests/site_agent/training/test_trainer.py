@@ -283,3 +283,67 @@ def test_published_weights_are_loaded_into_any_model_of_the_layout() -> None:
     assert float(model.s.detach()) == 7
     with pytest.raises(ConfigError, match="lacks the run's tensor"):
         load_flat(nn.Linear(2, 2), layout, [])
+
+
+# ---- sequences without a token, and memory
+
+
+class Masked:
+    """Loss (Σ of all weights) · x over n tokens; of none it is not a number."""
+
+    def __init__(self) -> None:
+        self.most = 10**9
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("no room")
+        tokens = int((batch > 0).sum())
+        total = sum((p.sum() for p in model.parameters()), torch.zeros(()))
+        return (total * batch.sum() / tokens if tokens else total * 0.0 + float("nan")), tokens
+
+
+def masked(micro_batch: int = 0, **inner: Any) -> Ensemble:
+    model = Scalars()
+    settings = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, "batch_size": 4, **inner}
+    return Ensemble(Trainer(Masked(), model, layout_of(model), run_of(**settings), CPU), micro_batch)
+
+
+def test_a_pass_without_tokens_is_worth_nothing_and_spoils_nothing() -> None:
+    whole, cut = masked(), masked(micro_batch=1)
+    batch = torch.tensor([1.0, 0.0, 3.0, 0.0])
+    for t in (whole, cut):
+        loss, tokens, _ = t.step(iter([batch]), 0.5)  # type: ignore[arg-type]
+        assert (loss, tokens) == (72.0, 2)
+        assert t.skipped_steps == 0
+        assert weights(t)["s"] == 7.0
+        assert t.evaluate([np.ones(4, np.float32)] * 2, [batch, torch.zeros(2)]) == 16.0
+    assert evaluate(Masked(), Scalars(), [torch.zeros(2), batch], CPU) == 72.0
+
+
+def test_a_step_without_any_token_is_skipped() -> None:
+    t = masked()
+    loss, tokens, _ = t.step(iter([torch.zeros(4)]), 0.5)  # type: ignore[arg-type]
+    assert (loss, tokens, t.skipped_steps) == (0.0, 0, 1)
+    assert weights(t)["s"] == 8.0
+
+
+def test_memory_is_tried_with_the_optimizer_s_state_in_place() -> None:
+    t = masked(optimizer="adamw")
+    states: list[int] = []
+    loss = t.trainer.task.loss
+
+    def noting(*args: Any) -> Any:
+        states.append(len(list(t.trainer.optimizer.state())))
+        return loss(*args)
+
+    t.trainer.task.loss = noting
+    before = weights(t)
+    assert t.trainer.fits(torch.ones(4))
+    assert states[0] == 0
+    assert states[-1] > 0
+    t.trainer.task.most = 3
+    assert not t.trainer.fits(torch.ones(4))
+    assert t.trainer.fits(torch.ones(3))
+    assert weights(t) == before
+    assert list(t.trainer.optimizer.state()) == []
+    assert all(p.grad is None for p in t.trainer.parameters.values())
