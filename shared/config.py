@@ -441,15 +441,17 @@ class DevicesTable(_Table):
     device: str | list[str] = Field(
         "", description='"cpu", "cuda", "cuda:0", or a list of them; empty: every accelerator found, else the CPU'
     )
-    threads: int = Field(0, ge=0, le=4096, description="CPU threads for torch; 0: torch's own choice")
+    threads: int = Field(0, ge=0, le=4096, description="a number of CPU threads for torch; 0: torch's own choice")
     throttle: Share | list[Share] = Field(
-        1.0, description="train at this share of full speed, above 0 to 1, or a list of such numbers"
+        1.0, description="a share of full speed to train at, above 0 to 1, or a list of such numbers"
     )
     group: Literal[""] | GroupName | list[Literal[""] | GroupName] = Field(
         "", description="a name of letters a-z, digits and '-', at most 32, that sets devices apart, or a list of names"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    micro_batch: int = Field(0, ge=0, le=MOST, description="sequences of a pass on a device; 0: as many as fit")
+    micro_batch: int = Field(
+        0, ge=0, le=MOST, description="a number of sequences, the most of a pass on a device; 0: as many as fit"
+    )
     compile: bool = False
     recompute: bool = False
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"

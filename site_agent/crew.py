@@ -22,15 +22,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.config import RunConfig, SiteConfig, received_run
-from shared.errors import ConfigError
-from shared.fragments import Layout
+from shared.config import DevicesTable, RunConfig, SiteConfig, received_run
+from shared.errors import ConfigError, LostError
+from shared.files import Disk
+from shared.fragments import Layout, TensorSpec
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
 from site_agent.core.memory import Needed, memory_needed
 from site_agent.core.mixture import Group, Mode, Rank, groups_of
+from site_agent.training import drivers
 from site_agent.training.ensemble import serve
 from site_agent.training.forms import Computing, Parallel
-from site_agent.training.makes import GLOO, Found, backend, devices_of, look_at
+from site_agent.training.makes import CPU, GLOO, Found, backend, devices_of, look_at
 from site_agent.training.seats import take_seat
 from site_agent.training.team import ALONE, Order, Team
 from site_agent.training.trainer import Trainer
@@ -40,22 +42,29 @@ log = logging.getLogger(__name__)
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another that is alive (one that dies is noticed at once). The head ticks while it waits."""
 DECISION = "mixed.json"
+"""In the site's state: what was decided of several groups. Without it, it is decided anew."""
 
 
 @dataclass(frozen=True)
 class Crew:
-    """This process among those that train one model: its device (`found`), and what all of them have said of theirs."""
+    """This process among those that train one model: its device (`found`), and what all of them have said of theirs:
+    `ranks`, and beside them `names`, such as "cuda:0" (of two devices alike a host has two), and `throttles`."""
 
     team: Team
     found: Found
     how: Computing
-    throttle: float
     ranks: tuple[Rank, ...]
     groups: tuple[Group, ...]
+    names: tuple[str, ...]
+    throttles: tuple[float, ...]
 
     @property
     def device(self) -> torch.device:
         return self.found.device
+
+    @property
+    def throttle(self) -> float:
+        return self.throttles[self.team.rank]
 
     @property
     def mine(self) -> int:
@@ -63,47 +72,97 @@ class Crew:
         return next(n for n, group in enumerate(self.groups) if self.team.rank in group.ranks)
 
     def describe(self) -> str:
-        """The devices in a line: "nvidia-h20: 2 x NVIDIA H20 (cuda, bf16); fast: …"; without names where it is one
-        group."""
+        """The devices in a line: "nvidia-h20: 2 x NVIDIA H20 (cuda:0, cuda:1; bf16); fast: …"; without names where it
+        is one group."""
+        return "; ".join(self.described())
+
+    def described(self) -> list[str]:
+        """The same, a group each."""
         told = []
         for group in self.groups:
-            one = self.ranks[group.ranks[0]]
+            one, members = self.ranks[group.ranks[0]], group.ranks
             name = f"{group.name}: " if len(self.groups) > 1 else ""
-            told.append(f"{name}{len(group.ranks)} x {one.device} ({one.make}, {one.precision})")
-        return "; ".join(told)
+            count = f"{len(members)} x " if len(members) > 1 else ""
+            where = ", ".join(dict.fromkeys(self.names[rank] for rank in members))
+            if (hosts := len({self.ranks[rank].host for rank in members})) > 1:
+                where += f" on {hosts} machines"
+            slow = ", ".join(dict.fromkeys(f"{self.throttles[rank]:.0%}" for rank in members))
+            throttled = f"; throttled to {slow} of full speed" if slow != "100%" else ""
+            told.append(f"{name}{count}{one.device} ({where}; {one.precision}{throttled})")
+        return told
+
+    def called(self, rank: int) -> str:
+        """A rank's device as messages call it: "cuda:0", and of several machines which one."""
+        one, several = self.ranks[rank], len({each.host for each in self.ranks}) > 1
+        at = f" of {one.host}" if several else ""
+        share = " (its share, as one of several processes)" if _beside(self.ranks, one) > 1 else ""
+        return f"{self.names[rank]}{at}{share}"
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    """Whether a launcher started this process for a site, be it as the only one."""
+    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or _of_several())
+
+
+def _of_several() -> bool:
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def enlist(config: SiteConfig) -> Crew:
-    """This process as one of its site's. Raises ConfigError where its device is not there."""
-    devices, local = config.devices, int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
-    if devices.threads:
-        torch.set_num_threads(devices.threads)
-    team = _join() if launched() else ALONE
-    found = team.agree(lambda: look_at(_device(devices_of(devices.device), local)))
+    """This process as one of its site's. Raises ConfigError where its device is not there, or a list has nothing for
+    it."""
+    local = int(os.environ.get("LOCAL_RANK", "0")) if _of_several() else 0
+    if config.devices.threads:
+        torch.set_num_threads(config.devices.threads)
+    team = _join() if _of_several() else ALONE
+    found, how, group, throttle = team.agree(lambda: _own(config.devices, local))
     if found.device.type != "cpu":
-        torch.accelerator.set_device_index(found.device.index or 0)
+        _select(found.device)
+    if not group and team.size > 1 and backend(found.make) == GLOO and found.device.type != "cpu":
+        group = f"{found.make.device}-{team.rank}"  # no collectives of its own: what it shares goes through the host
+    rank = Rank(socket.gethostname(), found.make.name, found.name, found.free or 0, how.precision)
+    told = team.tell_all({"rank": asdict(rank), "group": group, "name": str(found.device), "throttle": throttle})
+    ranks = _shared_out([Rank(**each["rank"]) for each in told])
+    groups = tuple(groups_of(ranks, [each["group"] for each in told]))
+    names, throttles = tuple(each["name"] for each in told), tuple(each["throttle"] for each in told)
+    return Crew(team, found, how, ranks, groups, names, throttles)
+
+
+def _shared_out(ranks: Sequence[Rank]) -> tuple[Rank, ...]:
+    """With what is free as each one's own share of it: processes on the CPUs of one host have the same memory."""
+    return tuple(replace(one, free=one.free // _beside(ranks, one)) for one in ranks)
+
+
+def _beside(ranks: Sequence[Rank], one: Rank) -> int:
+    """How many ranks have the same memory."""
+    return sum((each.host, each.make) == (one.host, CPU.name) for each in ranks) if one.make == CPU.name else 1
+
+
+def _own(devices: DevicesTable, local: int) -> tuple[Found, Computing, str, float]:
+    """What [devices] says of the process with this number on its machine: device, computing, group, throttle."""
+    group, throttle = _each("group", devices.group, local), _each("throttle", devices.throttle, local)
+    found = look_at(_device(devices_of(devices.device), local))
     precision = devices.precision
     if precision == "auto":
         precision = "bf16" if found.bf16 and found.device.type != "cpu" else "fp32"
-    name = _each(devices.group, local)
-    if not name and backend(found.make) == GLOO and found.device.type != "cpu":
-        name = f"{found.make.device}-{team.rank}"  # no collectives of its own: what it shares goes through the host
-    said = Rank(socket.gethostname(), found.make.name, found.name, found.free or 0, precision)
-    told = team.tell_all({**asdict(said), "group": name})
-    named = [each.pop("group") for each in told]
-    ranks = tuple(Rank(**each) for each in told)
-    how = Computing(precision, devices.compile, devices.recompute)
-    return Crew(team, found, how, _each(devices.throttle, local), ranks, tuple(groups_of(ranks, named)))
+    return found, Computing(precision, devices.compile, devices.recompute), group, throttle
+
+
+def _select(device: torch.device) -> None:
+    """Makes it the one that collectives and new streams use. (By its own module: `torch.accelerator` came later, and
+    with other names, than packages that makers still publish for.)"""
+    module = drivers.module(device.type)
+    if hasattr(module, "set_device"):
+        module.set_device(device)
 
 
 def _join() -> Team:
     if not dist.is_initialized():
-        dist.init_process_group(GLOO, timeout=PATIENCE)
+        try:
+            dist.init_process_group(GLOO, timeout=PATIENCE)
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise LostError(f"the processes of this site do not find each other: {first}") from None
     if int(os.environ["RANK"]):
         # They end when the head says so, or is gone; it has a checkpoint to take before.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,12 +187,15 @@ def _device(devices: Sequence[torch.device], local: int) -> torch.device:
     )
 
 
-def _each(setting: Any, local: int) -> Any:
+def _each(key: str, setting: Any, local: int) -> Any:
     """A setting of [devices] for the process with this number on its machine."""
     if not isinstance(setting, list):
         return setting
     if local >= len(setting):
-        raise ConfigError(f"[devices]: a list of {len(setting)} has nothing for process {local} of this machine")
+        raise ConfigError(
+            f"[devices] {key}: a list of {len(setting)} has nothing for process {local} of this machine (they count "
+            "from 0); write an entry for each"
+        )
     return setting[local]
 
 
@@ -149,8 +211,10 @@ def prepare(crew: Crew, config: SiteConfig, run: RunConfig, layout: Layout, fing
     def build() -> tuple[Any, Any, Parallel]:
         task = task_of(config, run)
         check_fingerprint(fingerprint_of(task), fingerprint)
-        parallel = _parallel(crew, config, run, layout)
-        return task, build_model(task, run.run.seed), parallel
+        parallel = holding(crew, config, run, layout, crew.mine)
+        model = build_model(task, run.run.seed)
+        layout.check_model(TensorSpec(name, tuple(p.shape)) for name, p in model.named_parameters())
+        return task, model, parallel
 
     task, model, parallel = crew.team.agree(build)
     seat = take_seat(crew.team, crew.groups, backend(crew.found.make))
@@ -163,42 +227,41 @@ def task_of(config: SiteConfig, run: RunConfig) -> Any:
     return load_task(use, {**run.task.options(), **config.data}, config.base)
 
 
-def needed(crew: Crew, run: RunConfig, layout: Layout, parallel: Parallel) -> Needed:
-    """What this rank's device must hold at least."""
-    overlap, group = run.rounds.overlap_steps, crew.groups[crew.mine]
+def needed(
+    crew: Crew, run: RunConfig, layout: Layout, parallel: Parallel, group: int, *, apart: bool = False
+) -> Needed:
+    """What each device of a group must hold at least; `apart`: as a learner of its own."""
+    overlap, members = run.rounds.overlap_steps, len(crew.groups[group].ranks)
     sum_ = memory_needed(
         layout,
         run.inner.optimizer,
         feedback=run.wire.error_feedback,
         overlap=overlap if isinstance(overlap, int) else None,
         steps=run.inner.steps,
-        shards=len(group.ranks) if parallel == "fsdp" else 1,
-        holders=len(crew.groups[0].ranks),
+        shards=members if parallel == "fsdp" else 1,
+        holders=members,
     )
-    return sum_ if crew.mine == 0 else replace(sum_, feedback=0, snapshots=0)
+    # Of groups that average, the first one holds what is the learner's.
+    return sum_ if apart or group == 0 else replace(sum_, feedback=0, snapshots=0)
 
 
-def free(crew: Crew) -> int | None:
-    """Bytes that every device of this rank's group has for the site; None where one does not say. Processes on one
-    host's CPUs share what it has."""
-    shares = []
-    for rank in crew.groups[crew.mine].ranks:
-        one = crew.ranks[rank]
-        if not one.free:
-            return None
-        beside = [other for other in crew.ranks if (other.host, other.make) == (one.host, one.make)]
-        shares.append(one.free // (len(beside) if one.make == "CPU" else 1))
-    return min(shares)
+def free(crew: Crew, group: int) -> int | None:
+    """Bytes that every device of a group has for the site; None where one does not say."""
+    return min(crew.ranks[rank].free for rank in crew.groups[group].ranks) or None
 
 
-def _parallel(crew: Crew, config: SiteConfig, run: RunConfig, layout: Layout) -> Parallel:
-    """How this rank's group holds the model. Raises ConfigError where it has too little memory either way."""
-    wanted, several, have = config.devices.parallel, len(crew.groups[crew.mine].ranks) > 1, free(crew)
-    ways: list[Parallel] = [wanted] if wanted != "auto" else ["ddp", "fsdp"] if several else ["ddp"]
+def holding(
+    crew: Crew, config: SiteConfig, run: RunConfig, layout: Layout, group: int, *, apart: bool = False
+) -> Parallel:
+    """How a group holds the model: whole on each device where there is room, else in shards, unless [devices] parallel
+    says which. Raises ConfigError, with the sum, where it has too little memory."""
+    wanted, members, have = config.devices.parallel, crew.groups[group].ranks, free(crew, group)
+    ways: list[Parallel] = [wanted] if wanted != "auto" else ["ddp", "fsdp"] if len(members) > 1 else ["ddp"]
     if have is None:
         return ways[0]
+    least = min(members, key=lambda rank: crew.ranks[rank].free)
     for way in ways:
-        short = needed(crew, run, layout, way).shortage(str(crew.device), have)
+        short = needed(crew, run, layout, way, group, apart=apart).shortage(crew.called(least), have)
         if short is None:
             return way
     raise ConfigError(f"[devices]: the model {short}")
@@ -224,44 +287,54 @@ def settled(crew: Crew, config: SiteConfig, measure: Callable[[], Mapping[str, A
     if not crew.team.head:
         mode: Mode = follow(crew, config)["mode"]
         return mode
-    wanted, file = config.devices.mixed, config.path(config.site.state) / DECISION
-    if len(crew.groups) == 1:
-        mode = "average"
-    elif wanted != "auto":
-        mode = wanted
-    elif (before := _decided(file, crew)) is not None:
-        mode = before
+    if (known := stated(crew, config)) is not None:
+        mode, why = known
     else:
         decision = dict(measure())
-        mode = decision["mode"]
-        file.parent.mkdir(parents=True, exist_ok=True)
+        mode, why = decision["mode"], decision.get("why", "")
         told = {**decision, "groups": [group.name for group in crew.groups]}
-        file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        file, text = _decision_file(config), json.dumps(told, indent=1) + "\n"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Disk().put(file, lambda at: at.write_text(text, encoding="utf-8") and None)
     if len(crew.groups) > 1:
-        log.info("%s: %s", crew.describe(), "one learner" if mode == "average" else "a learner for each group")
+        way = "one learner" if mode == "average" else "a learner for each group"
+        log.info("%s: %s (%s)", crew.describe(), way, why)
     crew.team.tell({"do": "mode", "mode": mode})
     return mode
 
 
-def _decided(file: Path, crew: Crew) -> Mode | None:
-    """What was decided before for the same groups."""
+def stated(crew: Crew, config: SiteConfig) -> tuple[Mode, str] | None:
+    """The same as far as it is known without measuring, and who says so; for the head."""
+    if len(crew.groups) == 1:
+        return "average", "the devices are alike"
+    if config.devices.mixed != "auto":
+        return config.devices.mixed, f'[devices] mixed = "{config.devices.mixed}"'
+    file = _decision_file(config)
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["groups"] == [group.name for group in crew.groups] and before["mode"] in ("average", "learners"):
-            mode: Mode = before["mode"]
-            return mode
+            return before["mode"], f"as was decided before, in {file}"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _decision_file(config: SiteConfig) -> Path:
+    return config.path(config.site.state) / DECISION
 
 
 def apart(crew: Crew, config: SiteConfig) -> tuple[Crew, SiteConfig]:
     """The crew of this rank's group alone, and its config: a learner with a name, a state and a port of its own."""
     group = crew.groups[crew.mine]
     team = Team(_subgroup(crew.team, group.ranks)) if len(group.ranks) > 1 else ALONE
-    ranks = tuple(crew.ranks[rank] for rank in group.ranks)
     learner = Crew(
-        team, crew.found, crew.how, crew.throttle, ranks, (Group(group.name, tuple(range(len(group.ranks)))),)
+        team,
+        crew.found,
+        crew.how,
+        tuple(crew.ranks[rank] for rank in group.ranks),
+        (Group(group.name, tuple(range(len(group.ranks)))),),
+        tuple(crew.names[rank] for rank in group.ranks),
+        tuple(crew.throttles[rank] for rank in group.ranks),
     )
     site, port = config.site, config.metrics.port
     named = site.model_copy(update={"name": f"{site.name}~{group.name}", "state": str(Path(site.state) / group.name)})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 
 from torch import nn
 
+from shared.task import Batch
 from site_agent.contribution import Anchor
 from site_agent.courier import Courier
 from site_agent.training.ensemble import Ensemble
@@ -66,16 +67,37 @@ class TogetherEvaluator:
         self._ensemble, self._courier = ensemble, courier
 
     def begin(self, anchors: Sequence[Anchor]) -> None:
-        """Evaluates the weights `anchors`."""
+        """Evaluates the weights `anchors`. Training goes on without it where the held-out set cannot be had: all ranks
+        are between two passes then. What fails within a pass leaves them apart, and is raised."""
         trainer = self._ensemble.trainer
-        batches = trainer.task.eval_batches(trainer.inner.batch_size)
+        try:
+            batches = trainer.task.eval_batches(trainer.inner.batch_size)
+        except Exception:
+            log.exception("evaluation failed")
+            return
         if batches is None:
             self._courier.evaluates = False
             return
-        _report(self._courier, anchors, self._ensemble.evaluate([anchor.flat for anchor in anchors], batches))
+        try:
+            loss = self._ensemble.evaluate([anchor.flat for anchor in anchors], _drawn(batches))
+        except _NotDrawnError:
+            log.exception("evaluation failed")
+        else:
+            _report(self._courier, anchors, loss)
 
     def finish(self) -> None:
         """Nothing is ever under way."""
+
+
+class _NotDrawnError(Exception):
+    """The held-out set has failed; its cause says how."""
+
+
+def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except Exception as error:
+        raise _NotDrawnError from error
 
 
 def _report(courier: Courier, anchors: Sequence[Anchor], loss: float | None) -> None:

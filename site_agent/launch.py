@@ -15,13 +15,14 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shared.config import SiteConfig
-from shared.errors import ConfigError, FaultError, RefusedError
+from shared.errors import ConfigError, FaultError, LostError, RefusedError
 from site_agent.training.makes import devices_of
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,18 @@ LEAVING_SECONDS = 10.0
 
 
 def processes_of(config: SiteConfig) -> int:
-    """How many processes this machine has for the site, one for each device. Raises ConfigError."""
-    return len(devices_of(config.devices.device))
+    """How many processes this machine has for the site, one for each device. Raises ConfigError, also where a list of
+    [devices] is not as long."""
+    count = len(devices_of(config.devices.device))
+    for key in ("group", "throttle"):
+        entries = getattr(config.devices, key)
+        if isinstance(entries, list) and len(entries) != count:
+            devices = f"{count} devices" if count != 1 else "one device"
+            raise ConfigError(
+                f"[devices] {key}: a list of {len(entries)} for {devices}; write an entry for each, in the order of "
+                "device, or one value for all"
+            )
+    return count
 
 
 def launch(config: SiteConfig, arguments: Sequence[str], *, again: bool = True) -> int:
@@ -48,12 +59,20 @@ def launch(config: SiteConfig, arguments: Sequence[str], *, again: bool = True) 
         if code == 0 or code in FINAL:
             return code
         tries = tries + 1 if time.monotonic() - began < SOUND_SECONDS else 1
+        died = f"a process of this site died ({_died(code)})"
         if not again:
+            log.error("%s", died)
             return FaultError.exit_code
         if tries >= TRIES:
-            log.error("processes of this site died %d times in a row; giving up", tries)
+            log.error("%s, %d times in a row; giving up", died, tries)
             return FaultError.exit_code
-        log.error("a process of this site died (exit code %d); starting all again from the last checkpoint", code)
+        log.error("%s; starting all again from the last checkpoint", died)
+
+
+def _died(code: int) -> str:
+    if code > 128:
+        return {137: "killed, as for want of memory"}.get(code, f"signal {code - 128}")
+    return f"exit code {code}"
 
 
 def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
@@ -64,6 +83,8 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    patience = int(stop_seconds + LEAVING_SECONDS)
+    known = {field.name for field in fields(LaunchConfig)}
     launcher = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -72,7 +93,8 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=int(stop_seconds + LEAVING_SECONDS),
+        # (torch before it knew this leaves them 30 s.)
+        **({"shutdown_timeout": patience} if "shutdown_timeout" in known else {}),
     )
     try:
         elastic_launch(launcher, sys.executable)("-m", "isthmus", *arguments)
@@ -80,7 +102,8 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         codes = [failure.exitcode for failure in failed.failures.values()]
         # One that is killed by a signal has it negative.
         told = [128 - code if code < 0 else code for code in codes]
-        return next((code for code in told if code in FINAL), told[0])
+        # One that has lost another says least.
+        return min(told, key=lambda code: (code not in FINAL, code == LostError.exit_code))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0

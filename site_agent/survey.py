@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from shared.config import RunConfig, SiteConfig, received_run
+from shared.errors import ConfigError
 from shared.fragments import Layout
 from shared.protocol import Preview
 from shared.task import BatchStream, Shard
 from site_agent.asking import ask_all, whole_layout
-from site_agent.core.memory import Needed
 from site_agent.core.mixture import Verdict, judge
-from site_agent.crew import Crew, needed, prepare
+from site_agent.crew import Crew, holding, prepare
+from site_agent.training import drivers
 from site_agent.training.batches import Ahead
 from site_agent.training.ensemble import Ensemble
-from site_agent.training.forms import Parallel
 
 CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
 
@@ -27,14 +27,13 @@ CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 10.0
 @dataclass(frozen=True)
 class Survey:
     """Seconds of an inner step; what each group did in it, in sequences per second; seconds of their exchange of
-    gradients, and what that says of averaging them (None: there is one group). Bytes on the head's device: what must
-    be there at least, and the most that torch held there (None where it does not count)."""
+    gradients, and what that says of averaging them (None: there is one group). `peak`: the most bytes that torch held
+    on the head's device (None where it does not count)."""
 
     step_seconds: float
     speeds: tuple[float, ...]
     exchange_seconds: float
     verdict: Verdict | None
-    needed: Needed
     peak: int | None
 
 
@@ -59,15 +58,30 @@ def calibrate(crew: Crew, ensemble: Ensemble, stream: BatchStream) -> float:
     return ensemble.calibrate(stream, CALIBRATION_STEPS, CALIBRATION_SECONDS)
 
 
-def survey(crew: Crew, ensemble: Ensemble, stream: BatchStream, run: RunConfig) -> Survey:
+def survey(crew: Crew, config: SiteConfig, ensemble: Ensemble, stream: BatchStream, run: RunConfig) -> Survey:
     """Measures the crew at the run; for the head."""
     seconds = calibrate(crew, ensemble, stream)
-    trainer, speeds = ensemble.trainer, tuple(ensemble.balance.speeds)
-    exchange = ensemble.exchange_seconds()
+    speeds, exchange = tuple(ensemble.balance.speeds), ensemble.exchange_seconds()
     verdict = judge(run.inner.batch_size, crew.groups, speeds, exchange) if len(crew.groups) > 1 else None
-    peak = torch.accelerator.max_memory_allocated(crew.device) if crew.device.type != "cpu" else None
-    parallel: Parallel = "fsdp" if trainer.form.sharded else "ddp"
-    return Survey(seconds, speeds, exchange, verdict, needed(crew, run, trainer.layout, parallel), peak)
+    if verdict is not None and verdict.mode == "learners":
+        verdict = _with_room(crew, config, run, ensemble.trainer.layout, verdict)
+    return Survey(seconds, speeds, exchange, verdict, _peak(crew.device))
+
+
+def _with_room(crew: Crew, config: SiteConfig, run: RunConfig, layout: Layout, verdict: Verdict) -> Verdict:
+    """The verdict for learners, unless one of them had too little memory: a learner of its own holds more."""
+    for group in range(len(crew.groups)):
+        try:
+            holding(crew, config, run, layout, group, apart=True)
+        except ConfigError as error:
+            why = f"{verdict.why}; but as a learner of its own {crew.groups[group].name} has too little memory: {error}"
+            return replace(verdict, mode="average", why=why)
+    return verdict
+
+
+def _peak(device: torch.device) -> int | None:
+    count = getattr(drivers.module(device.type), "max_memory_allocated", None)
+    return None if count is None else int(count(device))
 
 
 def preview_stream(preview: Preview, run: RunConfig, task: Any) -> BatchStream:
@@ -82,6 +96,6 @@ def decision(crew: Crew, config: SiteConfig) -> dict[str, Any]:
     preview, layout = asked[0].preview, whole_layout(asked)
     run = received_run(preview.config)
     ensemble = recruit(crew, config, preview.config, layout, preview.fingerprint)
-    verdict = survey(crew, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
+    verdict = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
     assert verdict is not None
     return asdict(verdict)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from shared.config import RunConfig, SiteConfig, load_run, load_site, parse, received_run
+from shared.config import DevicesTable, RunConfig, SiteConfig, load_run, load_site, parse, received_run
 from shared.errors import ConfigError
 
 MINIMAL = """
@@ -642,6 +642,70 @@ def test_a_bad_site_key_is_told_in_one_sentence(change: tuple[str, str], said: s
     assert_one_sentence(str(caught.value))
     if said is not None:
         assert str(caught.value) == f"site.toml: {said}"
+
+
+def devices_with(line: str) -> DevicesTable:
+    site = {"name": "a", "coordinator": "http://127.0.0.1:8470"}
+    return parse(SiteConfig, {"site": site, "devices": tomllib.loads(line)}, "site.toml").devices
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ('device = ["cpu", "cuda:1"]', "device", ["cpu", "cuda:1"]),
+        ('group = "fast"', "group", "fast"),
+        ('group = ["910b", "", "h-20"]', "group", ["910b", "", "h-20"]),
+        ("throttle = [1.0, 0.25]", "throttle", [1.0, 0.25]),
+        ('precision = "fp16"', "precision", "fp16"),
+        ("micro_batch = 4", "micro_batch", 4),
+        ("compile = true", "compile", True),
+        ("recompute = true", "recompute", True),
+        ('parallel = "fsdp"', "parallel", "fsdp"),
+        ('mixed = "learners"', "mixed", "learners"),
+    ],
+)
+def test_what_devices_do_can_be_said(line: str, key: str, value: object) -> None:
+    assert getattr(devices_with(line), key) == value
+    assert getattr(devices_with(""), key) != value, "and is not so by itself"
+
+
+DEVICE = '"cpu", "cuda", "cuda:0", or a list of them; empty: every accelerator found, else the CPU would do'
+THROTTLE = "a share of full speed to train at, above 0 to 1, or a list of such numbers would do"
+GROUP = "a name of letters a-z, digits and '-', at most 32, that sets devices apart, or a list of names would do"
+PRECISION = 'one of "auto", "fp32", "bf16", "fp16" would do'
+MICRO_BATCH = "a number of sequences, the most of a pass on a device; 0: as many as fit would do"
+TRUTH = "true or false would do"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("device = 3", f"device: got 3 (a whole number); {DEVICE}"),
+        ('device = ["cpu", 3]', f"device: got ['cpu', 3] (a list); {DEVICE}"),
+        ("threads = -1", "threads: got -1 (a whole number); a number of CPU threads for torch; 0: torch's own choice"),
+        ("throttle = 0", f"throttle: got 0 (a whole number); {THROTTLE}"),
+        ("throttle = [1.0, 2.0]", f"throttle: got [1.0, 2.0] (a list); {THROTTLE}"),
+        ("throttle = true", f"throttle: got true (a truth value); {THROTTLE}"),
+        ('group = "Fast"', f'group: got "Fast" (text); {GROUP}'),
+        ('group = ["fast", "a b"]', f"group: got ['fast', 'a b'] (a list); {GROUP}"),
+        (f'group = "{"a" * 33}"', f'group: got "{"a" * 33}" (text); {GROUP}'),
+        ('precision = "fp8"', f'precision: got "fp8" (text); {PRECISION}'),
+        ("precision = 16", f"precision: got 16 (a whole number); {PRECISION}"),
+        ("micro_batch = -1", f"micro_batch: got -1 (a whole number); {MICRO_BATCH}"),
+        ('micro_batch = "auto"', f'micro_batch: got "auto" (text); {MICRO_BATCH}'),
+        ('compile = "yes"', f'compile: got "yes" (text); {TRUTH}'),
+        ("recompute = 2", f"recompute: got 2 (a whole number); {TRUTH}"),
+        ('parallel = "tp"', 'parallel: got "tp" (text); one of "auto", "ddp", "fsdp" would do'),
+        ('mixed = "both"', 'mixed: got "both" (text); one of "auto", "average", "learners" would do'),
+        ('mixd = "auto"', 'mixd: unknown key; did you mean "mixed"?'),
+        ('devices = ["cpu"]', 'devices: unknown key; did you mean "device"?'),
+    ],
+)
+def test_a_wrong_value_of_devices_is_told_in_one_sentence(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        devices_with(line)
+    assert str(caught.value).startswith(f"site.toml: [devices] {said}")
+    assert_one_sentence(str(caught.value))
 
 
 def test_both_halves_of_a_client_certificate_will_do(tmp_path: Path) -> None:
