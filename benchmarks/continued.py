@@ -8,8 +8,9 @@ fetched once model and text are in the cache.
 `peak_rss_bytes` is what it took. `initial_eval_loss` and `eval_loss` are of the task's held-out windows, in nats a
 token, by `AutoModelForCausalLM.from_pretrained` in processes of their own: of the directory that the run starts from,
 and of what `isthmus coordinator export --format hf` wrote. `bytes_up_per_param` is of contributions,
-`bytes_down_per_param` of deltas, per parameter that they hold; `bytes_up` and `bytes_down` are all bodies, so those of
-the start (weights in fp32) too. It exits with 1 where the loss has not fallen or anything else is not as it should be.
+`bytes_down_per_param` of deltas, per parameter that they hold; `bytes_up` and `bytes_down` are all bodies from when the
+sites were ready (before, each fetches the initial weights, 4 bytes a parameter). It exits with 1 where the loss has not
+fallen or anything else is not as it should be.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.apart import apart, status_bytes
 from benchmarks.course import Course
 from benchmarks.machine import arguments, copy_bytes_per_second, report
 from benchmarks.pretrained import smollm
+from coordinator.outer.step import warm_up
 from coordinator.store.journal import Journal
 from lab.corpus import shakespeare
 from lab.fleet import Fleet
@@ -56,7 +58,7 @@ class Length:
         return len(SITES) * self.steps * BATCH * CONTEXT
 
 
-QUICK, WHOLE = Length(steps=24, cycle=4, eval_batches=12), Length(steps=120, cycle=8, eval_batches=48)
+QUICK, WHOLE = Length(steps=16, cycle=4, eval_batches=16), Length(steps=64, cycle=8, eval_batches=32)
 
 
 def tables(model: str, text: str, length: Length) -> dict[str, dict[str, Any]]:
@@ -89,8 +91,10 @@ def measure(model: Path, text: Path, length: Length, scratch: Path) -> dict[str,
         for site in SITES:
             # Held-out losses are computed afterwards, so that training has the cores to itself.
             config = fleet.directory / f"{site}.toml"
-            config.write_text(config.read_text().replace("[devices]", "evaluate = false\n[devices]"), encoding="utf-8")
+            said = config.read_text(encoding="utf-8").replace("[devices]", "evaluate = false\n[devices]")
+            config.write_text(said, encoding="utf-8")
         run = str(fleet.directory / "run.toml")
+        warm_up()  # kernels are compiled and kept: a compiler's memory is none of what is computed
         foreseen = apart("resident", "foreseen", run)
         print(sentence(foreseen), flush=True)
         return asyncio.run(_train(course, run, foreseen, str(model)))
