@@ -75,19 +75,22 @@ class Watch:
             self._anonymous = max(self._anonymous, status_bytes("RssAnon"))
 
 
-def open_bytes(fragment: Fragment, optimizer: Optimizer = OPTIMIZER, publish: str = PUBLISH) -> int:
-    """What a fragment in work takes: its state, and its delta until that is on disk."""
+def open_bytes(
+    fragment: Fragment, optimizer: Optimizer = OPTIMIZER, publish: str = PUBLISH, *, packed: bool = False
+) -> int:
+    """What a fragment in work takes: its state, and its delta until that is on disk; with zstd (`packed`) once more,
+    for it is packed beside itself and may not get smaller."""
     delta = sum(codec_named(publish).size(chunk.size) for chunk in fragment.chunks())
-    return state_bytes(fragment, SLOTS[optimizer]) + delta
+    return state_bytes(fragment, SLOTS[optimizer]) + delta * (2 if packed else 1)
 
 
-def resident_bytes(layout: Layout, optimizer: Optimizer, publish: str, *, mapped: bool) -> int:
+def resident_bytes(layout: Layout, optimizer: Optimizer, publish: str, *, packed: bool, mapped: bool) -> int:
     """What a coordinator takes besides what a process has that has no run: its largest fragment in work, and the states
     of the others where they do not rest in files."""
     largest = max(layout.fragments, key=lambda fragment: fragment.size)
     others = [fragment for fragment in layout.fragments if fragment is not largest]
     at_rest = 0 if mapped else sum(state_bytes(fragment, SLOTS[optimizer]) for fragment in others)
-    return open_bytes(largest, optimizer, publish) + at_rest
+    return open_bytes(largest, optimizer, publish, packed=packed) + at_rest
 
 
 # -- a run, scaled down
@@ -156,7 +159,7 @@ def rounds(
     layout = asyncio.run(go_on())
     return watch.row(
         layout,
-        resident_bytes(layout, OPTIMIZER, PUBLISH, mapped=resting == "mapped"),
+        resident_bytes(layout, OPTIMIZER, PUBLISH, packed=False, mapped=resting == "mapped"),
         setting=resting,
         contributions=len(contributions),
         rounds=count,
@@ -365,12 +368,13 @@ def foreseen(run: str) -> dict[str, Any]:
     warm_up()
     baseline, optimizer = status_bytes("VmRSS"), config.outer.optimizer
     needed = sum(state_bytes(fragment, SLOTS[optimizer]) for fragment in layout.fragments)
-    mapped = is_mapped(config.store.resting, needed, memory_bytes())
+    mapped, packed = is_mapped(config.store.resting, needed, memory_bytes()), config.wire.zstd_level != 0
+    resident = resident_bytes(layout, optimizer, config.wire.publish, packed=packed, mapped=mapped)
     return {
         "params": layout.parameters,
         "fragments": len(layout.fragments),
         "largest_fragment": max(fragment.size for fragment in layout.fragments),
         "resting": "mapped" if mapped else "memory",
         "baseline_rss_bytes": baseline,
-        "computed_bytes": baseline + resident_bytes(layout, optimizer, config.wire.publish, mapped=mapped),
+        "computed_bytes": baseline + resident,
     }

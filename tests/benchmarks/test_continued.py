@@ -68,15 +68,22 @@ def layout(*sizes: int) -> Layout:
 def test_at_rest_in_memory_all_states_and_a_delta_are_resident() -> None:
     # Θ, Θ̂ and the momentum in fp32; int8 with a bf16 scale for each block of 64.
     expected = 12 * (6400 + 640) + 6400 + 2 * 100
-    assert resident_bytes(layout(640, 6400), "nesterov", "int8", mapped=False) == expected
+    assert resident_bytes(layout(640, 6400), "nesterov", "int8", packed=False, mapped=False) == expected
 
 
 def test_mapped_only_the_fragment_in_work_is_resident() -> None:
-    assert resident_bytes(layout(640, 6400), "nesterov", "int8", mapped=True) == 12 * 6400 + 6400 + 2 * 100
+    assert (
+        resident_bytes(layout(640, 6400), "nesterov", "int8", packed=False, mapped=True) == 12 * 6400 + 6400 + 2 * 100
+    )
+
+
+def test_with_zstd_a_delta_is_there_twice() -> None:
+    both = [resident_bytes(layout(640, 6400), "nesterov", "int8", packed=p, mapped=True) for p in (False, True)]
+    assert both[1] - both[0] == 6400 + 2 * 100
 
 
 def test_an_outer_optimizer_without_a_momentum_takes_less_and_a_wider_delta_more() -> None:
-    assert resident_bytes(layout(6400), "sgd", "fp32", mapped=False) == 8 * 6400 + 4 * 6400
+    assert resident_bytes(layout(6400), "sgd", "fp32", packed=False, mapped=False) == 8 * 6400 + 4 * 6400
 
 
 @pytest.mark.usefixtures("offline")
@@ -86,7 +93,7 @@ def test_what_a_run_will_take_is_known_from_its_config_alone(model: Path, text: 
     assert found["params"] == sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     assert (found["fragments"], found["resting"]) == (4, "memory")
     delta = found["computed_bytes"] - found["baseline_rss_bytes"] - 12 * found["params"]
-    assert found["largest_fragment"] < delta < 1.1 * found["largest_fragment"]
+    assert 2 * found["largest_fragment"] < delta < 2.2 * found["largest_fragment"]  # zstd is on by default
     assert "computed_bytes" not in sentence(found)
     assert "in 4 fragments that rest in memory" in sentence(found)
 
