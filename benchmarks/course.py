@@ -72,6 +72,10 @@ class Course:
             self.start(f"link-{site}")
         self.start(site)
 
+    def process(self, name: str) -> int:
+        """Its process id."""
+        return self._children[name].process.pid
+
     def runs(self, name: str) -> bool:
         return self._children[name].process.poll() is None
 

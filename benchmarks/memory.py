@@ -15,12 +15,11 @@ kernel may take away as it needs them; `peak_anonymous_bytes` is what it may not
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import apart
 from benchmarks.machine import arguments, copy_bytes_per_second, machine
 
 SITES, MORE = 4, 16
@@ -41,15 +40,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".memory-") as directory:
         layers, side = SMALL
         run = (f"{directory}/run", layers * FRAGMENTS, side, FRAGMENTS)
-        sections = _apart("made", directory, layers, side, SITES, False)
-        rows = [_apart("started", *run, SITES)]
-        rows += [_apart("rounds", *run, sections, resting, count) for resting in ("memory", "mapped")]
-        rows.append(_apart("rounds", *run, sections * (MORE // SITES), "mapped", 1))
+        sections = apart("resident", "made", directory, layers, side, SITES, False)
+        rows = [apart("resident", "started", *run, SITES)]
+        rows += [apart("resident", "rounds", *run, sections, resting, count) for resting in ("memory", "mapped")]
+        rows.append(apart("resident", "rounds", *run, sections * (MORE // SITES), "mapped", 1))
         layers, side = LARGE
-        whole = _apart("made", directory, layers, side, SITES, True)
+        whole = apart("resident", "made", directory, layers, side, SITES, True)
         large = Path(directory) / "large"
         large.mkdir()
-        rows.append(_apart("stepped", str(large), layers, side, FRAGMENTS, whole))
+        rows.append(apart("resident", "stepped", str(large), layers, side, FRAGMENTS, whole))
     print(shown(rows))
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine(copy), "rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -96,20 +95,6 @@ def computed(at_start: int, baseline: int) -> str:
     }
     lines = [f"{PARAMETERS / 1e9:g} B parameters, P = {FRAGMENTS}, on {MACHINE_BYTES / 1e9:g} GB: GB"]
     return "\n".join(lines + [f"  {name:<55} {value / gb:8.2f}" for name, value in rows.items()])
-
-
-def _apart(function: str, *case: Any) -> Any:
-    """A function of `benchmarks.resident` in a process of its own."""
-    code = (
-        "import json, sys; from benchmarks import resident; "
-        f"print(json.dumps(resident.{function}(*json.load(sys.stdin))))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(case), capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise SystemExit(run.stderr)
-    return json.loads(run.stdout)
 
 
 if __name__ == "__main__":

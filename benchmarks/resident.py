@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -19,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.apart import status_bytes
 from coordinator.outer.merge import Weighted
 from coordinator.outer.optimizers import SLOTS, Optimizer, OuterRule
 from coordinator.outer.step import OuterState, outer_step, warm_up
 from coordinator.service import Coordinator
 from coordinator.store.checkpoint import Checkpoints
 from coordinator.store.files import Blobs, file_digest
-from coordinator.store.resting import map_states, state_bytes
+from coordinator.store.resting import is_mapped, map_states, state_bytes
 from shared.codecs import codec_named
-from shared.config import RunConfig, parse
+from shared.config import RunConfig, load_run, parse
 from shared.container_files import write_flat
 from shared.files import Disk
 from shared.fragments import CHUNK_ELEMENTS, Fragment, Layout, TensorSpec, digest_flat
+from shared.memory import memory_bytes
 from shared.protocol import PROTOCOL, Heartbeat, Join, OpenUpload
 from shared.wire import Header, open_container, pack_head, tensor_table
 
@@ -47,7 +48,7 @@ class Watch:
 
     def __init__(self) -> None:
         warm_up()
-        self._baseline, self._anonymous, self._over = _status("VmRSS"), 0, threading.Event()
+        self._baseline, self._anonymous, self._over = status_bytes("VmRSS"), 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         self._began = time.perf_counter()
@@ -63,26 +64,33 @@ class Watch:
             **facts,
             "seconds": seconds,
             "computed_bytes": computed + self._baseline,
-            "peak_rss_bytes": _status("VmHWM"),
+            "peak_rss_bytes": status_bytes("VmHWM"),
             "peak_anonymous_bytes": self._anonymous,
-            "rss_at_rest_bytes": _status("VmRSS"),
+            "rss_at_rest_bytes": status_bytes("VmRSS"),
             "baseline_rss_bytes": self._baseline,
         }
 
     def _sample(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
-            self._anonymous = max(self._anonymous, _status("RssAnon"))
+            self._anonymous = max(self._anonymous, status_bytes("RssAnon"))
 
 
-def _status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    return int(match[1]) << 10 if match else 0
+def open_bytes(
+    fragment: Fragment, optimizer: Optimizer = OPTIMIZER, publish: str = PUBLISH, *, packed: bool = False
+) -> int:
+    """What a fragment in work takes: its state, and its delta until that is on disk; with zstd (`packed`) once more,
+    for it is packed beside itself and may not get smaller."""
+    delta = sum(codec_named(publish).size(chunk.size) for chunk in fragment.chunks())
+    return state_bytes(fragment, SLOTS[optimizer]) + delta * (2 if packed else 1)
 
 
-def open_bytes(fragment: Fragment) -> int:
-    """What a fragment in work takes: its state, and its delta until that is on disk."""
-    return state_bytes(fragment, SLOTS[OPTIMIZER]) + sum(codec_named(PUBLISH).size(c.size) for c in fragment.chunks())
+def resident_bytes(layout: Layout, optimizer: Optimizer, publish: str, *, packed: bool, mapped: bool) -> int:
+    """What a coordinator takes besides what a process has that has no run: its largest fragment in work, and the states
+    of the others where they do not rest in files."""
+    largest = max(layout.fragments, key=lambda fragment: fragment.size)
+    others = [fragment for fragment in layout.fragments if fragment is not largest]
+    at_rest = 0 if mapped else sum(state_bytes(fragment, SLOTS[optimizer]) for fragment in others)
+    return open_bytes(largest, optimizer, publish, packed=packed) + at_rest
 
 
 # -- a run, scaled down
@@ -149,12 +157,9 @@ def rounds(
         return coordinator.layout
 
     layout = asyncio.run(go_on())
-    largest = max(layout.fragments, key=lambda fragment: fragment.size)
-    others = [fragment for fragment in layout.fragments if fragment is not largest]
-    resident = sum(state_bytes(fragment, SLOTS[OPTIMIZER]) for fragment in others) if resting == "memory" else 0
     return watch.row(
         layout,
-        open_bytes(largest) + resident,
+        resident_bytes(layout, OPTIMIZER, PUBLISH, packed=False, mapped=resting == "mapped"),
         setting=resting,
         contributions=len(contributions),
         rounds=count,
@@ -343,3 +348,33 @@ def _header(fragment: Fragment, site: str, run: str, base: int, digest: str) -> 
         steps=1,
         sizes=[],
     )
+
+
+# -- a run that is to come
+
+
+def foreseen(run: str) -> dict[str, Any]:
+    """What the coordinator will take that starts the run in this config file, before there is any of it: parameters,
+    the size of the largest fragment, where fragments rest, what a process has that has no run, and the sum.
+
+    The model's names and shapes are those of the task, built without memory for its weights; so are they where a run
+    is started from files (`[run] init`). One that starts from its seed needs the whole model besides, for a moment.
+    """
+    from coordinator import daemon  # noqa: F401 (belongs to what a process has)
+    from coordinator.initial import initial_weights
+
+    config = load_run(Path(run))
+    layout = initial_weights(config, Path(run).parent).layout
+    warm_up()
+    baseline, optimizer = status_bytes("VmRSS"), config.outer.optimizer
+    needed = sum(state_bytes(fragment, SLOTS[optimizer]) for fragment in layout.fragments)
+    mapped, packed = is_mapped(config.store.resting, needed, memory_bytes()), config.wire.zstd_level != 0
+    resident = resident_bytes(layout, optimizer, config.wire.publish, packed=packed, mapped=mapped)
+    return {
+        "params": layout.parameters,
+        "fragments": len(layout.fragments),
+        "largest_fragment": max(fragment.size for fragment in layout.fragments),
+        "resting": "mapped" if mapped else "memory",
+        "baseline_rss_bytes": baseline,
+        "computed_bytes": baseline + resident,
+    }

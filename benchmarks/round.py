@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.apart import status_bytes
 from benchmarks.machine import IdleLag, arguments, copy_bytes_per_second, report, touch_memory
 from benchmarks.merge import STATE_BYTES
 from benchmarks.processes import free_port, write_toml
@@ -139,7 +140,7 @@ def measure(layers: int, sites: int, upload: str, publish: str, rounds: int) -> 
             "loop_lag_seconds": max(each["lag"] for each in found),
             "idle_lag_seconds": idle.seconds,
             "cpu_seconds": statistics.median(each["cpu"] for each in found),
-            "peak_rss_bytes": _status_bytes(child, "VmHWM"),
+            "peak_rss_bytes": status_bytes("VmHWM", child.process.pid),
         }
 
 
@@ -212,11 +213,6 @@ def _metric(port: int, name: str) -> float:
 def _cpu_seconds(child: Child) -> float:
     fields = Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _status_bytes(child: Child, key: str) -> int:
-    lines = Path(f"/proc/{child.process.pid}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
 
 
 def _tcp(streams: int, up: int, down: int) -> float:

@@ -28,6 +28,7 @@ from lab.fleet import Child, Fleet, coordinator_status
 from lab.link import Link, LinkSettings
 from lab.measure import anchors_identical, training_speed
 from lab.sample import held_out_loss, load_exported
+from lab.wheels import cache
 from shared.config import RunConfig, load_run
 from shared.errors import ConfigError, FaultError
 
@@ -148,7 +149,7 @@ def run_demo(sites: int, minutes: float, json_file: Path | None, port: int) -> N
 
 async def _demo(console: Console, fleet: Fleet, sites: int, minutes: float, port: int) -> tuple[Results, str]:
     console.print("[bold]Isthmus demo[/]: fetching the text, measuring this machine…")
-    text = await asyncio.to_thread(shakespeare, _cache())
+    text = await asyncio.to_thread(shakespeare, cache())
     run_file = fleet.directory / "run.toml"
     throttles = [0.5**i if i < 3 else 0.25 for i in range(sites)]
     _write_run(run_file, text, sites, tokens=1_000_000)
@@ -290,8 +291,3 @@ def _require_writable(file: Path) -> None:
             return
     except OSError as error:
         raise ConfigError(f"--json {file} cannot be written: {error.strerror}; name another file") from None
-
-
-def _cache() -> Path:
-    """Where the text is kept between demos."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus"

