@@ -81,7 +81,7 @@ class Form:
         """A forward and a backward pass of which no other rank of the group knows; its gradient is this rank's own."""
         with self._autocast():
             loss, _ = self.task.loss(self.model, batch)
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def settle(self) -> None:
         """After forward passes alone: the next one is to see weights that are written now."""
