@@ -59,6 +59,9 @@ class Form:
         if how.compile:
             # Layer by layer: they are the same code, compiled once; the model as a whole would take minutes.
             for block in blocks_of(self.model) or [self.model]:
+                if type(block).__module__.startswith("torch."):
+                    # Calls of torch's own modules are not compiled, only what calls them.
+                    block.forward = partial(_called, block.forward)
                 block.compile()
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -159,16 +162,21 @@ class _Loss(nn.Module):
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: what is in its lists of modules, the outermost ones."""
-    return list(_blocks(model))
+    """The model's layers: what is in its lists of modules, the outermost ones. Containers that only hold others, and
+    cannot be called, are looked into."""
+    return list(_blocks(model, listed=False))
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def _blocks(module: nn.Module, *, listed: bool) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield child
         else:
-            yield from _blocks(child)
+            yield from _blocks(child, listed=listed or isinstance(child, nn.ModuleList))
+
+
+def _called(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
