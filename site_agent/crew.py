@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from shared.config import DevicesTable, RunConfig, SiteConfig, received_run
-from shared.errors import ConfigError, LostError
+from shared.errors import ConfigError, FaultError, LostError
 from shared.files import Disk
 from shared.fragments import Layout, TensorSpec
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another that is alive (one that dies is noticed at once). The head ticks while it waits."""
+_CONNECTION = re.compile(r"/gloo/|Connection (closed|reset|refused)|Broken pipe|[A-Z]CCL (communicator|error)")
 DECISION = "mixed.json"
 """In the site's state: what was decided of several groups. Without it, it is decided anew."""
 
@@ -170,6 +173,25 @@ def _join() -> Team:
     return Team(dist.group.WORLD)
 
 
+@contextmanager
+def in_words(team: Team) -> Iterator[None]:
+    """What devices and collectives raise, in words: FaultError where memory has run out, LostError where a rank is gone
+    (also from collectives that torch starts by itself: gradients are summed within the backward pass)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        at = "" if team.alone else f"rank {team.rank}: "
+        raise FaultError(
+            f"{at}the device has too little memory: {str(error).splitlines()[0]}; set [devices] recompute = true or a "
+            "smaller micro_batch, or leave it more room"
+        ) from None
+    except RuntimeError as error:
+        said = str(error)
+        if team.alone or not (isinstance(error, dist.DistError) or _CONNECTION.search(said)):
+            raise
+        raise LostError(f"a process of this site is lost: {next(iter(said.splitlines()), '')}") from None
+
+
 def disband() -> None:
     """Lets go of the process groups, once everyone is done."""
     if dist.is_initialized():
@@ -269,13 +291,14 @@ def holding(
 
 def follow(crew: Crew, config: SiteConfig) -> Order:
     """A rank that is not the head: trains as it is told, until there is an order that is not for a trainer."""
-    while True:
-        order = crew.team.hear()
-        while order["do"] == "prepare":
-            run, layout = received_run(order["config"]), Layout.from_wire(order["layout"])
-            order = serve(prepare(crew, config, run, layout, order["fingerprint"]))
-        if order["do"] != "tick":
-            return order
+    with in_words(crew.team):
+        while True:
+            order = crew.team.hear()
+            while order["do"] == "prepare":
+                run, layout = received_run(order["config"]), Layout.from_wire(order["layout"])
+                order = serve(prepare(crew, config, run, layout, order["fingerprint"]))
+            if order["do"] != "tick":
+                return order
 
 
 # -- several groups
