@@ -168,17 +168,23 @@ def merged(state: Path) -> list[list[str]]:
     return list(rounds.values())
 
 
-def test_a_stop_of_a_site_of_several_processes_saves_and_leaves(tmp_path: Path, text: Path) -> None:
-    config = small_run(text, run={"min_sites": 1, "tokens": 10**7})
-    with live(config, tmp_path / "state") as served, site(tmp_path / "eu", served.url, TWO) as eu:
+def test_a_stop_saves_and_leaves_and_another_number_of_processes_goes_on(
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_run(text, run={"min_sites": 1})
+    with live(config, tmp_path / "state") as served, site(tmp_path / "eu", served.url, f"{TWO}\nthrottle = 0.3") as eu:
         until("version 4", lambda: versions(served) >= 4)
         eu.process.send_signal(signal.SIGTERM)
         assert eu.ended() == 128 + signal.SIGTERM, eu.said()
         assert served.coordinator.core.members.live == {}, "it has left"
+        assert not served.coordinator.core.finished
         assert "SIGTERM: leaving" in eu.said()
         step = int(eu.said().rpartition("saved at step ")[2].split()[0])
         assert step >= 2 * STEPS
-        assert list((tmp_path / "eu" / "state").glob(f"step-{step:012d}.*"))
+        caplog.set_level("INFO", "site_agent")
+        Agent(site_config("eu", served.url, tmp_path / "eu", site={"state": "state"})).run()
+        assert f"continuing from the checkpoint of step {step}" in caplog.text
+        assert served.coordinator.core.finished
 
 
 MIXED = f'{TWO}\ngroup = ["fast", "slow"]\nthrottle = [1.0, 0.5]'

@@ -215,7 +215,7 @@ def test_a_device_whose_memory_has_run_out_says_what_to_do() -> None:
     says = r"^the device has too little memory: tried to; set \[devices\] recompute"
     with pytest.raises(FaultError, match=says), in_words(ALONE):
         raise torch.OutOfMemoryError("tried to\nlong story")
-    with pytest.raises(FaultError, match="^rank 1: "), in_words(TWO):
+    with pytest.raises(FaultError, match=r"^rank 1: "), in_words(TWO):
         raise torch.OutOfMemoryError("tried to")
 
 
