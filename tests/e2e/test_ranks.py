@@ -38,7 +38,7 @@ def small_run(text: Path, **tables: dict[str, Any]) -> Any:
     """A full-quorum run with a fixed course, to the bit."""
     small = {"context": 16, "width": 32, "layers": 1, "heads": 2}
     task = {"use": "byte-lm", "paths": str(text), **small, **tables.pop("task", {})}
-    run = {"name": "ranks", "tokens": 30_000, "min_sites": 2, **tables.pop("run", {})}
+    run = {"name": "ranks", "tokens": 24_000, "min_sites": 2, **tables.pop("run", {})}
     rounds = {"fragments": 2, "quorum": "all", "overlap_steps": 2, "pacing": "equal-steps", **tables.pop("rounds", {})}
     inner = {"lr": 3e-3, "steps": STEPS, "batch_size": 8}
     return run_config({"run": run, "task": task, "inner": inner, "rounds": rounds, **tables})
@@ -144,7 +144,7 @@ def test_kill_9_of_any_process_of_a_site_changes_no_bit(tmp_path: Path, text: Pa
     assert "2 x" in eu.said()
     with live(small_run(text), tmp_path / "state") as served:
         with beside(served, tmp_path / "us"), site(tmp_path / "eu", served.url, f"{TWO}\nthrottle = 0.3") as eu:
-            for starts, (victim, reached) in enumerate(((1, 4), (0, 14)), start=1):
+            for starts, (victim, reached) in enumerate(((1, 4), (0, 12)), start=1):
                 until(f"version {reached}", lambda reached=reached: versions(served) >= reached)
                 os.kill(eu.rank(victim), signal.SIGKILL)
                 until("a new start", lambda starts=starts: eu.said().count(AGAIN) == starts)

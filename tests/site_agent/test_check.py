@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from shared.errors import ConfigError
 from site_agent import check as check_module
+from site_agent import crew as crew_module
 from site_agent import survey as survey_module
+from site_agent.agent import Agent
 from site_agent.check import check
 from site_agent.core.mixture import Group, Rank, Verdict
 from site_agent.crew import Crew, needed
 from site_agent.survey import Survey
 from site_agent.training.forms import Computing
-from site_agent.training.makes import CUDA, Found
+from site_agent.training.makes import CUDA, Found, look_at
 from site_agent.training.team import ALONE
 from tests.support.live import live, run_config, site_config
 from tests.support.sites import layout_of, run_of
@@ -86,6 +90,17 @@ def test_a_site_of_one_device_reads_well(tmp_path: Path, capsys: pytest.CaptureF
         strict=True,
     ):
         assert re.fullmatch(pattern, line), (pattern, line)
+
+
+def test_too_little_memory_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "look_at", lambda device: replace(look_at(device), free=10**5))
+    run = {"run": {"name": "large", "tokens": 10}, "task": {"use": "byte-lm", **SMALL}, "rounds": {"fragments": 2}}
+    with live(run_config(run), tmp_path / "state") as served:
+        site = site_config("eu", served.url, tmp_path)
+        for work in (partial(check, site), Agent(site).run):
+            with pytest.raises(ConfigError, match=r"the model needs at least \S+ MB .*, cpu has 0\.1 MB free: .* or "):
+                work()
+        assert served.coordinator.core.tokens == 0
 
 
 @pytest.mark.parametrize(
