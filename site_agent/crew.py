@@ -164,8 +164,9 @@ def _join() -> Team:
         try:
             dist.init_process_group(GLOO, timeout=PATIENCE)
         except (RuntimeError, ValueError, dist.DistError) as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise LostError(f"the processes of this site do not find each other: {first}") from None
+            raise LostError(
+                f"the processes of this site do not find each other: {first_sentence(str(error))}"
+            ) from None
     if int(os.environ["RANK"]):
         # They end when the head says so, or is gone; it has a checkpoint to take before.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -189,7 +190,12 @@ def in_words(team: Team) -> Iterator[None]:
         said = str(error)
         if team.alone or not (isinstance(error, dist.DistError) or _CONNECTION.search(said)):
             raise
-        raise LostError(f"a process of this site is lost: {next(iter(said.splitlines()), '')}") from None
+        raise LostError(f"a process of this site is lost: {first_sentence(said)}") from None
+
+
+def first_sentence(said: str) -> str:
+    """Of what Gloo says, without where in its source it stands."""
+    return re.sub(r"^\[[^\]]*\] ", "", next(iter(said.splitlines()), "")).split(". ")[0]
 
 
 def disband() -> None:
