@@ -59,7 +59,7 @@ def train(
     parameters = list(model.parameters())
     decayed, others = ([p for p in parameters if (p.dim() >= 2) is matrix] for matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": inner.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=inner.lr, betas=BETAS, **kernel(AdamW, parameters[0]))
+    optimizer = AdamW(groups, lr=inner.lr, betas=BETAS, **kernel(AdamW, parameters))
     stream = task.train_batches(shard, inner.batch_size)
     bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     autocast: Callable[[], Any] = bf16 if precision_of(device) == "bf16" else nullcontext

@@ -18,11 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import torch
-
 from shared.codecs import warm_up
 from shared.config import SiteConfig, received_run
-from shared.errors import FaultError, RefusedError
+from shared.errors import LostError, RefusedError
 from shared.fragments import Layout
 from shared.protocol import Code, Joined
 from shared.task import BatchStream, Shard, manifest_of
@@ -30,7 +28,7 @@ from site_agent.asking import credentials_of
 from site_agent.branch import LEAVE_SECONDS
 from site_agent.checkpoint import oldest_lease
 from site_agent.courier import CourierThread
-from site_agent.crew import Crew, apart, enlist, follow, settled
+from site_agent.crew import Crew, apart, enlist, follow, in_words, settled
 from site_agent.evaluation import Evaluator, TogetherEvaluator
 from site_agent.learner import Evaluates, Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
@@ -102,19 +100,10 @@ class Agent:
 
     def run(self) -> None:
         exporter = self.metrics.serve(self.config.metrics)
+        back_soon = False
         try:
-            with self.crew.team.waiting():
-                joined = self.courier.begin(self.config.site.patience_seconds)
-            if self.lineage not in (None, joined.lineage):
-                raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {self.lineage}")
-            self.lineage, self.joined = joined.lineage, True
-            self.learner, evaluator = self._prepare(joined)
-            self._drive(self.learner)
-            self.learner.save_before_leaving()
-            self.learner.training = False  # from here on a stop is one at once
-            self._evaluate_the_end(self.learner, evaluator)
-            core = self.learner.core
-            log.info("the run is finished: %d steps, %d tokens here", core.steps, core.tokens)
+            with in_words(self.crew.team):
+                self._run()
         except Stopped as stopped:
             # A machine that is taken away may not come back: what is on its way should arrive. Somebody at a keyboard
             # comes back, and it is in the outbox.
@@ -129,18 +118,31 @@ class Agent:
             file = self.config.site.token_file
             sent = f"the token in {self.config.path(file)} was sent" if file else "[site] token_file is not set"
             raise RefusedError(error.code, f"{error.detail} ({sent})") from None
-        except torch.OutOfMemoryError as error:
-            raise FaultError(
-                f"the device has too little memory: {str(error).splitlines()[0]}; lower [inner] batch_size"
-            ) from None
+        except LostError:
+            back_soon = True  # the launcher starts all of them again
+            raise
         finally:
             self._over = True
-            self.courier.close()
+            self.courier.close(back_soon=back_soon)
             for background in (self._saver, self._evaluations):
                 background.shutdown(wait=True, cancel_futures=True)
             if exporter is not None:
                 exporter.shutdown()
                 exporter.server_close()
+
+    def _run(self) -> None:
+        with self.crew.team.waiting():
+            joined = self.courier.begin(self.config.site.patience_seconds)
+        if self.lineage not in (None, joined.lineage):
+            raise RefusedError(Code.WRONG_RUN, f"the coordinator now serves run {joined.run}, not {self.lineage}")
+        self.lineage, self.joined = joined.lineage, True
+        self.learner, evaluator = self._prepare(joined)
+        self._drive(self.learner)
+        self.learner.save_before_leaving()
+        self.learner.training = False  # from here on a stop is one at once
+        self._evaluate_the_end(self.learner, evaluator)
+        core = self.learner.core
+        log.info("the run is finished: %d steps, %d tokens here", core.steps, core.tokens)
 
     def stop_on_signals(self) -> None:
         """Makes SIGTERM and SIGINT end `run` with Stopped, after a clean leave and within [site] stop_seconds.

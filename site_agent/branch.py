@@ -109,10 +109,10 @@ class Branch:
         self._speaker.heard(self, orders)
         return True
 
-    async def leave(self) -> None:
-        """Leaves the run if it can within a few seconds, and closes the link."""
+    async def leave(self, *, back_soon: bool = False) -> None:
+        """Leaves the run if it can within a few seconds, unless the site will be `back_soon`; closes the link."""
         try:
-            if self.session:
+            if self.session and not back_soon:
                 async with asyncio.timeout(LEAVE_SECONDS):
                     # A last report, so that the books close on what was really done.
                     await self.ask_orders()

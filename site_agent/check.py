@@ -19,7 +19,7 @@ from shared.task import shortened
 from shared.wire import container_bound
 from site_agent.asking import Asked, ask_all, whole_layout
 from site_agent.core.mixture import Mode
-from site_agent.crew import Crew, enlist, follow, free, holding, needed, stated
+from site_agent.crew import Crew, enlist, follow, free, holding, in_words, needed, stated
 from site_agent.survey import Survey, preview_stream, recruit, survey
 from site_agent.training.makes import devices_of, environment, make_of
 
@@ -46,7 +46,8 @@ def check(config: SiteConfig) -> None:
     for name, value in sorted(preview.fingerprint.items()):
         say(name, f"the run's ({shortened(value)})")
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
-    found = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run)
+    with in_words(crew.team):
+        found = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run)
     mode: Mode = "average"
     if found.verdict is not None:
         mode, why = stated(crew, config) or (found.verdict.mode, "as measured here")

@@ -166,13 +166,14 @@ class Courier:
         """Says what this site's data is cut into. Raises RefusedError where it is not what the others have."""
         await self.branches[0].link.describe(manifest.digest, list(manifest.sizes))
 
-    async def leave(self) -> None:
-        """Ends all errands, and leaves the run if it can within a few seconds."""
+    async def leave(self, *, back_soon: bool = False) -> None:
+        """Ends all errands, and leaves the run if it can within a few seconds; not where the site will be `back_soon`:
+        within its lease it is waited for."""
         under_way = list(self._jobs)
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-        await asyncio.gather(*(branch.leave() for branch in self.branches))
+        await asyncio.gather(*(branch.leave(back_soon=back_soon) for branch in self.branches))
 
     def _start(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._spawn(job())
@@ -360,12 +361,13 @@ class CourierThread(Courier):
             return False
         return True
 
-    def close(self) -> None:
-        """Leaves the run, if it can within a few seconds, and ends the thread."""
+    def close(self, *, back_soon: bool = False) -> None:
+        """Leaves the run as `leave` does, and ends the thread."""
         if not self._thread.is_alive():
             return
         try:
-            asyncio.run_coroutine_threadsafe(self.leave(), self._loop).result(timeout=LEAVE_SECONDS + 5)
+            leaving = self.leave(back_soon=back_soon)
+            asyncio.run_coroutine_threadsafe(leaving, self._loop).result(timeout=LEAVE_SECONDS + 5)
         except TimeoutError:
             log.warning("left without a goodbye: the connections do not close")
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from shared.config import DevicesTable, RunConfig, SiteConfig, received_run
-from shared.errors import ConfigError, LostError
-from shared.files import Disk
+from shared.errors import ConfigError, FaultError, LostError
+from shared.files import DISK
 from shared.fragments import Layout, TensorSpec
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
 from site_agent.core.memory import Needed, memory_needed
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another that is alive (one that dies is noticed at once). The head ticks while it waits."""
+_CONNECTION = re.compile(r"/gloo/|Connection (closed|reset|refused)|Broken pipe|[A-Z]CCL (communicator|error)")
 DECISION = "mixed.json"
 """In the site's state: what was decided of several groups. Without it, it is decided anew."""
 
@@ -161,13 +164,38 @@ def _join() -> Team:
         try:
             dist.init_process_group(GLOO, timeout=PATIENCE)
         except (RuntimeError, ValueError, dist.DistError) as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise LostError(f"the processes of this site do not find each other: {first}") from None
+            raise LostError(
+                f"the processes of this site do not find each other: {first_sentence(str(error))}"
+            ) from None
     if int(os.environ["RANK"]):
         # They end when the head says so, or is gone; it has a checkpoint to take before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
     return Team(dist.group.WORLD)
+
+
+@contextmanager
+def in_words(team: Team) -> Iterator[None]:
+    """What devices and collectives raise, in words: FaultError where memory has run out, LostError where a rank is gone
+    (also from collectives that torch starts by itself: gradients are summed within the backward pass)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        at = "" if team.alone else f"rank {team.rank}: "
+        raise FaultError(
+            f"{at}the device has too little memory: {str(error).splitlines()[0]}; set [devices] recompute = true or a "
+            "smaller micro_batch, or leave it more room"
+        ) from None
+    except RuntimeError as error:
+        said = str(error)
+        if team.alone or not (isinstance(error, dist.DistError) or _CONNECTION.search(said)):
+            raise
+        raise LostError(f"a process of this site is lost: {first_sentence(said)}") from None
+
+
+def first_sentence(said: str) -> str:
+    """Of what Gloo says, without where in its source it stands."""
+    return re.sub(r"^\[[^\]]*\] ", "", next(iter(said.splitlines()), "")).split(". ")[0]
 
 
 def disband() -> None:
@@ -269,13 +297,14 @@ def holding(
 
 def follow(crew: Crew, config: SiteConfig) -> Order:
     """A rank that is not the head: trains as it is told, until there is an order that is not for a trainer."""
-    while True:
-        order = crew.team.hear()
-        while order["do"] == "prepare":
-            run, layout = received_run(order["config"]), Layout.from_wire(order["layout"])
-            order = serve(prepare(crew, config, run, layout, order["fingerprint"]))
-        if order["do"] != "tick":
-            return order
+    with in_words(crew.team):
+        while True:
+            order = crew.team.hear()
+            while order["do"] == "prepare":
+                run, layout = received_run(order["config"]), Layout.from_wire(order["layout"])
+                order = serve(prepare(crew, config, run, layout, order["fingerprint"]))
+            if order["do"] != "tick":
+                return order
 
 
 # -- several groups
@@ -293,14 +322,20 @@ def settled(crew: Crew, config: SiteConfig, measure: Callable[[], Mapping[str, A
         decision = dict(measure())
         mode, why = decision["mode"], decision.get("why", "")
         told = {**decision, "groups": [group.name for group in crew.groups]}
-        file, text = _decision_file(config), json.dumps(told, indent=1) + "\n"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Disk().put(file, lambda at: at.write_text(text, encoding="utf-8") and None)
+        _keep(_decision_file(config), json.dumps(told, indent=1) + "\n")
     if len(crew.groups) > 1:
         way = "one learner" if mode == "average" else "a learner for each group"
         log.info("%s: %s (%s)", crew.describe(), way, why)
     crew.team.tell({"do": "mode", "mode": mode})
     return mode
+
+
+def _keep(file: Path, text: str) -> None:
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    DISK.put(file, write)
 
 
 def stated(crew: Crew, config: SiteConfig) -> tuple[Mode, str] | None:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -77,14 +78,17 @@ def _died(code: int) -> str:
 
 def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
     """Once. Returns the exit code that says most."""
-    # What became of them is said here, or by themselves.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What became of them is said here, or by themselves. (Each of torch's loggers has a level of its own.)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # Cores are shared, and ranks meet on this machine whatever its name leads to.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = int(stop_seconds + LEAVING_SECONDS)
-    known = {field.name for field in fields(LaunchConfig)}
+    known: dict[str, Any] = {}
+    if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:  # torch before it knew leaves them 30 s
+        known["shutdown_timeout"] = int(stop_seconds + LEAVING_SECONDS)
     launcher = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -93,8 +97,7 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        # (torch before it knew this leaves them 30 s.)
-        **({"shutdown_timeout": patience} if "shutdown_timeout" in known else {}),
+        **known,
     )
     try:
         elastic_launch(launcher, sys.executable)("-m", "isthmus", *arguments)
@@ -102,8 +105,8 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         codes = [failure.exitcode for failure in failed.failures.values()]
         # One that is killed by a signal has it negative.
         told = [128 - code if code < 0 else code for code in codes]
-        # One that has lost another says least.
-        return min(told, key=lambda code: (code not in FINAL, code == LostError.exit_code))
+        # Who was killed says more than who lost another by it.
+        return min(told, key=lambda code: (code not in FINAL, code <= 128, code == LostError.exit_code))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0

@@ -16,7 +16,7 @@ from shared.protocol import Preview
 from shared.task import BatchStream, Shard
 from site_agent.asking import ask_all, whole_layout
 from site_agent.core.mixture import Verdict, judge
-from site_agent.crew import Crew, holding, prepare
+from site_agent.crew import Crew, holding, in_words, prepare
 from site_agent.training import drivers
 from site_agent.training.batches import Ahead
 from site_agent.training.ensemble import Ensemble
@@ -96,6 +96,7 @@ def decision(crew: Crew, config: SiteConfig) -> dict[str, Any]:
     preview, layout = asked[0].preview, whole_layout(asked)
     run = received_run(preview.config)
     ensemble = recruit(crew, config, preview.config, layout, preview.fingerprint)
-    verdict = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
+    with in_words(crew.team):
+        verdict = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
     assert verdict is not None
     return asdict(verdict)

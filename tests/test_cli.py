@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import site_agent.cli
 from coordinator.service import Coordinator
 from coordinator.store.state_dir import StateDir
 from coordinator.tokens import check_token
@@ -572,9 +574,37 @@ def test_a_coordinator_that_is_something_else_is_told(here: Path, command: str) 
     assert "not from a coordinator" in ended.said
 
 
-def test_a_device_that_is_not_here_is_told(here: Path, closed_port: int) -> None:
-    ended = isthmus("site", "check", site_toml(here, closed_port, '"cpu"', '"abacus"'))
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("device", ['"abacus"', '"cuda"', '["cpu", "cuda:7"]'])
+def test_a_device_that_is_not_here_is_told(here: Path, closed_port: int, command: str, device: str) -> None:
+    if device == '"cuda"' and torch.cuda.is_available():
+        pytest.skip("here it is")
+    ended = isthmus("site", command, site_toml(here, closed_port, '"cpu"', device))
     assert_one_sentence(ended, 2, "[devices] device", '"cpu"')
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_list_of_devices_that_lacks_an_entry_is_told_before_a_start(
+    here: Path, closed_port: int, command: str
+) -> None:
+    ended = isthmus("site", command, site_toml(here, closed_port, '"cpu"', '["cpu", "cpu"]\nthrottle = [0.5]'))
+    assert_one_sentence(ended, 2, "[devices] throttle: a list of 1 for 2 devices")
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_of_several_processes_one_says_what_is_wrong_with_the_config(
+    here: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(torchrun has started them.)"""
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(site_agent.cli, "SAYING_SECONDS", 0.0)
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert isthmus("site", command, here / "none.toml").said == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "none.toml: no such file" in isthmus("site", command, here / "none.toml").said
+    assert ended == [75, 2]
 
 
 # ---- usage, and the shape of the tree

@@ -348,6 +348,13 @@ async def test_all_coordinators_get_a_goodbye(courier: Courier, coordinators: li
     assert [(each.left, each.closed) for each in coordinators] == [(True, True)] * 2
 
 
+async def test_who_will_be_back_soon_does_not_leave(courier: Courier, coordinators: list[Coordinator]) -> None:
+    """Its lease runs on, and rounds that need it wait for it."""
+    await courier.join(1.0)
+    await courier.leave(back_soon=True)
+    assert [(each.left, each.closed) for each in coordinators] == [(False, True)] * 2
+
+
 @pytest.mark.parametrize(
     ("index", "what", "says"),
     [

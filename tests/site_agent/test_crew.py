@@ -14,11 +14,24 @@ import pytest
 import torch
 
 from shared.config import SiteConfig, parse
-from shared.errors import ConfigError, LostError
+from shared.errors import ConfigError, FaultError, LostError
 from shared.fragments import Layout
 from site_agent import crew as crew_module
 from site_agent.core.mixture import Group, Rank
-from site_agent.crew import Crew, apart, enlist, follow, free, holding, launched, needed, prepare, settled, stated
+from site_agent.crew import (
+    Crew,
+    apart,
+    enlist,
+    follow,
+    free,
+    holding,
+    in_words,
+    launched,
+    needed,
+    prepare,
+    settled,
+    stated,
+)
 from site_agent.training.forms import Computing
 from site_agent.training.makes import CPU, CUDA, Found, look_at
 from site_agent.training.team import ALONE
@@ -178,6 +191,32 @@ def test_a_crew_is_described_for_people() -> None:
     far = replace(far, ranks=(far.ranks[0], replace(far.ranks[1], host="there")))
     assert far.describe() == "2 x NVIDIA h20 (cuda:0 on 2 machines; bf16)"
     assert far.called(1) == "cuda:0 of there"
+
+
+TWO: Any = SimpleNamespace(alone=False, rank=1)
+
+
+def test_a_collective_that_has_lost_a_rank_says_so() -> None:
+    for text in (
+        "[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]: Connection reset by peer",
+        "NCCL error: remote",
+    ):
+        with pytest.raises(LostError, match="a process of this site is lost: "), in_words(TWO):
+            raise RuntimeError(text)
+    with pytest.raises(LostError), in_words(TWO):
+        raise torch.distributed.DistBackendError("whatever it is")
+    with pytest.raises(RuntimeError, match="a shape is wrong"), in_words(TWO):
+        raise RuntimeError("a shape is wrong")
+    with pytest.raises(RuntimeError, match="reset"), in_words(ALONE):
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_a_device_whose_memory_has_run_out_says_what_to_do() -> None:
+    says = r"^the device has too little memory: tried to; set \[devices\] recompute"
+    with pytest.raises(FaultError, match=says), in_words(ALONE):
+        raise torch.OutOfMemoryError("tried to\nlong story")
+    with pytest.raises(FaultError, match=r"^rank 1: "), in_words(TWO):
+        raise torch.OutOfMemoryError("tried to")
 
 
 # -- whether there is room

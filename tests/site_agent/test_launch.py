@@ -62,8 +62,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fake]]:
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "set")  # and as it was afterwards
         monkeypatch.delenv(name)
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
+    elastic = {name: logging.getLogger(name).level for name in loggers()}
 
     def replaced(*ends: Exception | None, seconds: float = 1.0) -> Fake:
         fake = Fake(*ends, seconds=seconds)
@@ -72,7 +71,12 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fake]]:
         return fake
 
     yield replaced
-    elastic.setLevel(level)
+    for name, level in elastic.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def loggers() -> list[str]:
+    return [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
 
 
 def test_a_process_is_started_for_each_device(ends: Callable[..., Fake]) -> None:
@@ -82,6 +86,13 @@ def test_a_process_is_started_for_each_device(ends: Callable[..., Fake]) -> None
     assert (settings.nproc_per_node, settings.min_nodes, settings.max_restarts) == (3, 1, 0)
     assert settings.shutdown_timeout > 12, "more than [site] stop_seconds"
     assert fake.started == [("-m", "isthmus", "site", "run", "site.toml")]
+
+
+def test_torch_says_nothing_about_it(ends: Callable[..., Fake]) -> None:
+    ends(None)
+    launch(config(), [])
+    assert loggers()
+    assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in loggers())
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 130, 143])
@@ -103,7 +114,9 @@ def test_the_exit_code_of_the_process_that_knows_why_counts(ends: Callable[..., 
     [
         ((-9,), "killed, as for want of memory"),
         ((LOST, -9), "killed, as for want of memory"),
+        ((1, -9), "killed, as for want of memory"),
         ((-11, LOST), "signal 11"),
+        ((LOST, 1), "exit code 1"),
         ((1,), "exit code 1"),
     ],
 )
