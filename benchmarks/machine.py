@@ -112,8 +112,13 @@ def report(title: str, copy: float, rows: Sequence[Mapping[str, Any]], file: Pat
     console.print(f"{_cpu()}, {os.cpu_count()} cores, copy {copy / 1e9:.1f} GB/s")
     console.print(table)
     if file is not None:
-        document = {"machine": machine(copy), "rows": list(rows)}
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        store(copy, rows, file)
+
+
+def store(copy: float, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Writes machine and rows as JSON."""
+    document = {"machine": machine(copy), "rows": list(rows)}
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(value: Any) -> str:
