@@ -11,7 +11,8 @@ the machine does meets all of them, each trains for a window of real inner steps
 
 Speeds are tokens per second, medians over the windows; `efficiency` is over the sum of the speeds that each has alone,
 `efficiency_busy` over the sum of those that they have at once. Of a step with averaging: `fast_seconds` and
-`slow_seconds` are the groups' own passes (the slow one's sleep in them), `waiting_seconds` what the fast one waits for
+`slow_seconds` are the groups' own passes (the slow one's sleep in them: the throttle is
+on passes, and the slow group's optimizer step is as fast as the other's), `waiting_seconds` what the fast one waits for
 the slow one, `exchange_seconds` the sum of gradients, `optimizer_seconds` the optimizer's; the rest is dealing out
 the batch, and clipping. Speeds are only reported; it fails where several processes do not come to what one comes to
 (`benchmarks.same`).
@@ -19,9 +20,8 @@ the batch, and clipping. Speeds are only reported; it fails where several proces
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import same
-from benchmarks.machine import arguments, copy_bytes_per_second, report, store
+from benchmarks.machine import Others, arguments, copy_bytes_per_second, report, store
 from benchmarks.ranks import Ranks
 from lab.corpus import shakespeare
 from site_agent.core.shares import SETTLED_STEPS
@@ -54,6 +54,10 @@ QUICK, FULL = Size(192, 4, 128, 3, 2.0), Size(256, 4, 128, 7, 6.0)
 CASES = [(3, (16, 4, 48)), (1, (16,)), (8, (16, 32))]
 QUICK_CASES = [(3, (16, 4)), (1, (16,)), (8, (16,))]
 """(how many times slower the slow group is, sequences of the site's batch)."""
+
+
+SPEEDS = ("setting", "mode", "params", "fast", "slow", "tokens_per_second", "efficiency", "efficiency_busy")
+"""Fields that all rows have; the others are of a step of both."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def measure(directory: Path, text: Path, size: Size, slower: int, batches: Seque
     throttle = 1.0 / slower
     each = {"device": ["cpu"]}
     pair = {"device": ["cpu", "cpu"], "group": ["fast", "slow"], "throttle": [1.0, throttle]}
-    rows = []
-    with ExitStack() as stack:
+    rows: list[dict[str, Any]] = []
+    with Others() as others, ExitStack() as stack:
         fast, slow, both = (
             stack.enter_context(Ranks(directory / f"{name}-{slower}", devices, text))
             for name, devices in (("fast", each), ("slow", {**each, "throttle": throttle}), ("both", pair))
@@ -99,7 +103,7 @@ def measure(directory: Path, text: Path, size: Size, slower: int, batches: Seque
             both.ask("steps", steps=SETTLED_STEPS + 1)
             rounds = [_round(fast, slow, both, size.seconds) for _ in range(size.rounds)]
             rows += rows_of(f"1 : {slower}, {batch} sequences", parameters, judged, rounds)
-    return rows
+    return [{**row, "others_cores": others.cores} for row in rows]
 
 
 def _round(fast: Ranks, slow: Ranks, both: Ranks, seconds: float) -> Round:
@@ -109,7 +113,7 @@ def _round(fast: Ranks, slow: Ranks, both: Ranks, seconds: float) -> Round:
     longer = {**window, "seconds": max(seconds, alone[1]["seconds"])}
     fast.tell("train", **longer)
     slow.tell("train", **longer)
-    return Round(*alone, fast.answer(), slow.answer(), both.ask("train", **longer))
+    return Round(*alone, fast.answer(), slow.answer(), both.ask("train", **window))
 
 
 def rows_of(setting: str, parameters: int, judged: Window, rounds: Sequence[Round]) -> list[dict[str, Any]]:
@@ -124,7 +128,7 @@ def rows_of(setting: str, parameters: int, judged: Window, rounds: Sequence[Roun
         return median(_speed(each, names) / _speed(each, of) for each in rounds)
 
     def in_step(name: str) -> float:
-        return median(each.averaged[name] for each in rounds)
+        return float(median(each.averaged[name] for each in rounds))
 
     passes = [median(each.averaged["group_seconds"][group] for each in rounds) for group in range(2)]
     averaged = {
@@ -167,14 +171,17 @@ def rows_of(setting: str, parameters: int, judged: Window, rounds: Sequence[Roun
 def _speed(each: Round, names: Sequence[str]) -> float:
     """Tokens per second in the windows of these names, added up."""
     windows: list[Window] = [getattr(each, name) for name in names]
-    return sum(window["tokens"] / window["seconds"] for window in windows)
+    return float(sum(window["tokens"] / window["seconds"] for window in windows))
+
+
+def _only(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
+    return [{field: row[field] for field in fields} for row in rows]
 
 
 def main() -> None:
-    """Prints two tables, and with --json writes the rows of both. Exit code 1 where something is not equal."""
+    """Prints its tables, and with --json writes the rows. Exit code 1 where something is not equal."""
     options = arguments("What a site of two unequal device groups makes of them.").parse_args()
     size, cases = (QUICK, QUICK_CASES) if options.quick else (FULL, CASES)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     copy = copy_bytes_per_second()
     text = shakespeare(Path(tempfile.gettempdir()) / "isthmus-corpus")
     with tempfile.TemporaryDirectory(prefix="isthmus-mixed-") as name:
@@ -183,7 +190,10 @@ def main() -> None:
         equal += same.contributions(directory, text, tables(size, 8))
         speeds = [row for slower, batches in cases for row in measure(directory, text, size, slower, batches)]
     report("several processes against one", copy, equal, None)
-    report(f"two device groups, tokens/s, medians of {size.rounds}", copy, speeds, None)
+    report(f"two device groups, tokens/s, medians of {size.rounds}", copy, _only(speeds, SPEEDS), None)
+    of_steps = [field for field in speeds[0] if field not in SPEEDS]
+    averaging = [row for row in speeds if row["shares"] is not None]
+    report("a step of both, averaging", copy, _only(averaging, ["setting", *of_steps]), None)
     if options.json:
         store(copy, [*speeds, *equal], options.json)
     unequal = [row["setting"] for row in equal if row["equal"] == "no"]

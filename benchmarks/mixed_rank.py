@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -26,13 +26,14 @@ from shared.task import BatchStream, Shard, build_model, fingerprint_of
 from site_agent.crew import Crew, disband, enlist, follow, task_of
 from site_agent.survey import recruit, survey
 from site_agent.training.ensemble import Ensemble
+from site_agent.training.trainer import Stepped
 
 
 class Clock:
     """Seconds that are spent in what it watches, by name."""
 
     def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = defaultdict(float)
 
     def watch(self, owner: Any, method: str, name: str) -> None:
         """Counts the seconds of `owner.method(...)` from now on."""
@@ -85,12 +86,12 @@ class Head:
             self.clock.watch(trainer.seat.exchange, "sum", "exchange")
         step = trainer.step
 
-        def noted(*args: Any) -> Any:
+        def noted(*args: Any) -> Stepped:
             stepped = step(*args)
             self.groups += stepped.seconds
             return stepped
 
-        trainer.step = noted  # type: ignore[method-assign]
+        setattr(trainer, "step", noted)  # noqa: B010 (as in Clock: one object's method, for a while)
 
     def survey(self) -> dict[str, Any]:
         """What a site finds before it trains: the speeds of the groups, the exchange, the verdict."""

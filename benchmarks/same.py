@@ -84,9 +84,7 @@ def contributions(directory: Path, text: Path, tables: Tables) -> list[dict[str,
         shards = {"device": ["cpu", "cpu"], "parallel": "fsdp"}
         two = stack.enter_context(Ranks(directory / "shards", shards, text))
         for codec in CODECS:
-            run = _with(tables, wire={"upload": codec})
-            if codec == "topk2":
-                run["outer"] = {"optimizer": "sgd", "lr": 1.0}
+            run = upload_run(tables, codec)
             for ranks in (one, two):
                 ranks.tell("prepare", run=run)
                 ranks.tell("contributions", steps=STEPS)
@@ -97,6 +95,12 @@ def contributions(directory: Path, text: Path, tables: Tables) -> list[dict[str,
                 compared(f"{len(ours)} contributions of FSDP2 over two processes, {codec}", parameters, differ, 0)
             )
     return rows
+
+
+def upload_run(tables: Tables, codec: str) -> dict[str, dict[str, Any]]:
+    """The run with contributions in this codec."""
+    outer = {"optimizer": "sgd", "lr": 1.0} if codec == "topk2" else {}
+    return _with(tables, wire={"upload": codec}, outer=outer)
 
 
 def _with(tables: Tables, **more: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
