@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.storm --quick
 	$(BIN)/python -m benchmarks.joiner --quick
 	$(BIN)/python -m benchmarks.continued --quick
+	$(BIN)/python -m benchmarks.mixed --quick
 
 # Made anew whenever what is installed could have changed; quick when it has not. A Debian without the
 # python3-venv package cannot make environments; where we may, we install it, and else say so.

@@ -70,6 +70,42 @@ class IdleLag:
         self.seconds = float(self._sleeper.communicate("")[0])
 
 
+class Others:
+    """How many cores all others have kept busy while this was open, in the mean: `cores`. None where the system does
+    not say. Children that are awaited within it are not others."""
+
+    def __init__(self) -> None:
+        self.cores: float | None = None
+
+    def __enter__(self) -> Others:
+        self._began, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, seconds = _busy_seconds(), time.monotonic() - self._began
+        if busy is not None and self._busy is not None:
+            self.cores = max(0.0, (busy - self._busy - (_own_seconds() - self._own)) / seconds)
+
+
+def _busy_seconds() -> float | None:
+    """Of all cores since the machine's start."""
+    try:
+        return busy_ticks(Path("/proc/stat").read_text(encoding="ascii")) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return None
+
+
+def busy_ticks(stat: str) -> int:
+    """Of all cores, from the text of /proc/stat; those that a host has taken for others are busy too."""
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.split("\n", 1)[0].split()[1:9])
+    return user + nice + system + interrupts + soft + stolen
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def copy_bytes_per_second() -> float:
     """Memory bandwidth of a plain copy on all cores, bytes read plus bytes written; median of several runs."""
     cores = os.cpu_count() or 1
@@ -112,8 +148,13 @@ def report(title: str, copy: float, rows: Sequence[Mapping[str, Any]], file: Pat
     console.print(f"{_cpu()}, {os.cpu_count()} cores, copy {copy / 1e9:.1f} GB/s")
     console.print(table)
     if file is not None:
-        document = {"machine": machine(copy), "rows": list(rows)}
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        store(copy, rows, file)
+
+
+def store(copy: float, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Writes machine and rows as JSON."""
+    document = {"machine": machine(copy), "rows": list(rows)}
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(value: Any) -> str:
