@@ -154,9 +154,9 @@ def test_a_model_is_continued_exported_and_loaded_again(
     assert "the coordinator should take" in capsys.readouterr().out
     # What it takes is not to be compared here: of so small a model all is the process's own.
     assert faults({**row, "peak_rss_bytes": row["computed_bytes"]}, length) == []
-    # Half a byte and a byte, scales and headers, and what zstd makes of it.
-    assert 0.4 < row["bytes_up_per_param"] < 0.8
-    assert 0.5 < row["bytes_down_per_param"] < 1.3
+    # Half a byte and a byte, with scales and headers; what zstd makes of it depends on its level.
+    assert 0.1 < row["bytes_up_per_param"] < 0.7
+    assert 0.2 < row["bytes_down_per_param"] < 1.3
     assert row["bytes_up"] > 0 < row["bytes_down"]
     assert row["site_peak_rss_bytes"] > row["params"]
     assert json.loads(json.dumps(row)) == row
