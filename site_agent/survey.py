@@ -16,6 +16,8 @@ from shared.protocol import Preview
 from shared.task import BatchStream, Shard
 from site_agent.asking import ask_all, whole_layout
 from site_agent.core.mixture import Verdict, judge
+from site_agent.core.shares import deal
+from site_agent.core.shares import seconds as slowest
 from site_agent.crew import Crew, holding, in_words, prepare
 from site_agent.training import drivers
 from site_agent.training.batches import Ahead
@@ -62,7 +64,9 @@ def survey(crew: Crew, config: SiteConfig, ensemble: Ensemble, stream: BatchStre
     """Measures the crew at the run; for the head."""
     seconds = calibrate(crew, ensemble, stream)
     speeds, exchange = tuple(ensemble.balance.speeds), ensemble.exchange_seconds()
-    verdict = judge(run.inner.batch_size, crew.groups, speeds, exchange) if len(crew.groups) > 1 else None
+    batch = run.inner.batch_size
+    rest = max(0.0, seconds - exchange - slowest(deal(batch, speeds), speeds))
+    verdict = judge(batch, crew.groups, speeds, exchange, rest) if len(crew.groups) > 1 else None
     if verdict is not None and verdict.mode == "learners":
         verdict = _with_room(crew, config, run, ensemble.trainer.layout, verdict)
     return Survey(seconds, speeds, exchange, verdict, _peak(crew.device))

@@ -82,12 +82,15 @@ class Verdict:
     why: str
 
 
-def judge(batch: int, groups: Sequence[Group], speeds: Sequence[float], exchange_seconds: float) -> Verdict:
+def judge(
+    batch: int, groups: Sequence[Group], speeds: Sequence[float], exchange_seconds: float, rest_seconds: float = 0.0
+) -> Verdict:
     """Whether groups of these speeds (sequences per second) had better average their gradients, which takes
-    `exchange_seconds` a step, or be learners of their own."""
+    `exchange_seconds` a step, or be learners of their own, each with a batch of as many sequences. `rest_seconds` are
+    what a step takes besides, whatever its batch: the optimizer, above all."""
     shares = deal(batch, speeds)
-    step = seconds(shares, speeds) + exchange_seconds
-    together, apart = batch / step, sum(speeds)
+    step = seconds(shares, speeds) + exchange_seconds + rest_seconds
+    together, apart = batch / step, sum(batch / (batch / speed + rest_seconds) for speed in speeds)
     share = together / apart
     idle = [group.name for group, part in zip(groups, shares, strict=True) if not part]
     loss = "one more learner costs up to 0.7% of the loss, as 15% fewer tokens would"

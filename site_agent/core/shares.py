@@ -84,14 +84,11 @@ class Balance:
         if len(took) < 2:
             return False
         for measured, share, one in zip(self._measured, self.shares, took, strict=True):
-            if share:
-                measured.append(share / max(one, 1e-9))
-        if max(map(len, self._measured)) < SETTLED_STEPS:
+            # One without a share has come along with a sequence of another's: it may have become faster.
+            measured.append(max(1, share) / max(one, 1e-9))
+        if len(self._measured[0]) < SETTLED_STEPS:
             return False
-        self.speeds = [
-            statistics.median(measured) if measured else speed
-            for measured, speed in zip(self._measured, self.speeds, strict=True)
-        ]
+        self.speeds = [statistics.median(measured) for measured in self._measured]
         for measured in self._measured:
             measured.clear()
         shares, self.shares = self.shares, self._next()

@@ -133,10 +133,7 @@ class Ensemble:
         """Shares by what each group does in a step, for the first one; they settle while it trains."""
         for _ in range(2):
             stepped = self.trainer.step(self._dealt("step", next(stream), lr=lr), lr)
-            speeds = [
-                share / took if share else speed
-                for share, took, speed in zip(self.balance.shares, stepped.seconds, self.balance.speeds, strict=True)
-            ]
+            speeds = [max(1, share) / took for share, took in zip(self.balance.shares, stepped.seconds, strict=True)]
             self.balance = Balance(self.balance.batch, speeds)
 
     def exchange_seconds(self) -> float:

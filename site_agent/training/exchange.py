@@ -35,7 +35,7 @@ class Exchange:
             flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in piece])
             host, work = None, None
             if self.leaders is not None:
-                host = flat.to("cpu", torch.float32, copy=True).mul_(factor)
+                host = flat.to("cpu", torch.float32).mul_(factor)  # (of the CPU it is the same memory)
                 work = dist.all_reduce(host, group=self.leaders, async_op=True)
             if before is not None:
                 self._finish(*before)

@@ -32,6 +32,8 @@ from site_agent.training.replica import Part, Replica
 from site_agent.training.seats import SINGLE, Seat
 from site_agent.training.spread import spread
 
+TIMED_EXCHANGES = 5
+
 
 @dataclass(frozen=True)
 class Work:
@@ -84,6 +86,7 @@ class Trainer(Replica):
         self.scale = LossScale(moves=how.precision == "fp16")
         self._throttle = throttle
         self._compute: deque[float] = deque(maxlen=32)
+        self._optimizing: deque[float] = deque(maxlen=32)
         self._aside: list[Tensor] = []
 
     # -- steps
@@ -102,17 +105,20 @@ class Trainer(Replica):
         if exchange is not None:
             # What others wait for is what a group takes for its passes, and nothing that it waits for itself.
             self._synchronize()
-            self._slow_down(time.perf_counter() - began, sequences)
+            self._slow_down(self._compute, time.perf_counter() - began, sequences)
         said = self.team.everyone(sum(counts), time.perf_counter() - began)
         tokens = round(sum(count for count, _ in said))
         factor = self.form.divisor / self.scale.value
         if exchange is not None:
             exchange.sum(self._trained, factor)
             factor = 1.0
+        optimizing = time.perf_counter() if exchange is not None else began
         self._optimize(factor / max(1, tokens), any_tokens=tokens > 0)
+        if exchange is not None:
+            self._slow_down(self._optimizing, time.perf_counter() - optimizing, 1)
         total = sum(part for (part,) in self.team.everyone(_total(losses, counts)))
         if exchange is None:
-            self._slow_down(time.perf_counter() - began, sequences)
+            self._slow_down(self._compute, time.perf_counter() - began, sequences)
         took = (max(said[rank][1] for rank in group.ranks) for group in self.seat.groups)
         return Stepped(total / max(1, tokens), tokens, tuple(took))
 
@@ -141,12 +147,12 @@ class Trainer(Replica):
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def _slow_down(self, seconds: float, sequences: int) -> None:
-        """Sleeps until what was done has taken 1/throttle of its usual time. The median makes the emulated device
-        steady: a step that another process delayed is not made slower still."""
-        self._compute.append(seconds / sequences)
+    def _slow_down(self, known: deque[float], seconds: float, units: int) -> None:
+        """Sleeps until what was done has taken 1/throttle of its usual time, of which `known` has that of a unit. The
+        median makes the emulated device steady: a step that another process delayed is not made slower still."""
+        known.append(seconds / units)
         if self._throttle < 1.0:
-            time.sleep(max(0.0, sequences * statistics.median(self._compute) / self._throttle - seconds))
+            time.sleep(max(0.0, units * statistics.median(known) / self._throttle - seconds))
 
     def fits(self, batch: Batch) -> bool:
         """Whether the device has memory for a pass over so much beside all that a step needs, by trying. The optimizer
@@ -168,16 +174,18 @@ class Trainer(Replica):
         return fits
 
     def time_exchange(self) -> float:
-        """Seconds in which the groups' gradients are summed; 0 where there is one group."""
+        """Median seconds in which the groups' gradients are summed; 0 where there is one group."""
         if self.seat.exchange is None:
             return 0.0
-        self.seat.exchange.sum(self._trained, 0.0)
-        began = time.perf_counter()
-        self.seat.exchange.sum(self._trained, 0.0)
-        self._synchronize()
-        took = time.perf_counter() - began
+        times = []
+        for _ in range(1 + TIMED_EXCHANGES):
+            self.team.everyone()  # nobody is waited for in what is timed
+            began = time.perf_counter()
+            self.seat.exchange.sum(self._trained, 0.0)
+            self._synchronize()
+            times.append(time.perf_counter() - began)
         self.optimizer.zero_grad()
-        return max(each for (each,) in self.team.everyone(took))
+        return max(each for (each,) in self.team.everyone(statistics.median(times[1:])))
 
     def reset(self) -> None:
         """A fresh optimizer, as if no step had been taken; weights are the caller's to write."""
@@ -185,6 +193,7 @@ class Trainer(Replica):
         self.optimizer.zero_grad()
         self.scale.reset()
         self._compute.clear()
+        self._optimizing.clear()
         self.skipped_steps = 0
 
     def seed(self, seed: int) -> None:
