@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
@@ -103,7 +103,6 @@ models = st.dictionaries(
 
 
 @given(models, st.integers(1, 5), st.sampled_from(["balanced", "strided"]))
-@settings(deadline=None)
 def test_every_tensor_lies_in_exactly_one_fragment(tensors: list[TensorSpec], count: int, kind: str) -> None:
     try:
         layout = build_layout(tensors, count, kind)  # type: ignore[arg-type]
@@ -126,7 +125,6 @@ def test_every_tensor_lies_in_exactly_one_fragment(tensors: list[TensorSpec], co
 
 
 @given(models, st.data())
-@settings(deadline=None)
 def test_strided_never_splits_a_layer(tensors: list[TensorSpec], data: st.DataObject) -> None:
     try:
         layout = build_layout(tensors, data.draw(st.integers(1, 4)), "strided")

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import FormatError
@@ -310,7 +310,6 @@ def test_what_is_no_map_is_refused(fields: object) -> None:
 
 
 @given(st.sampled_from(MESSAGES), st.binary(max_size=64))
-@settings(deadline=None)
 def test_no_bytes_crash_the_reader(message: Message, data: bytes) -> None:
     try:
         unpack(type(message), data)
@@ -333,7 +332,6 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(st.sampled_from(MESSAGES), st.data())
-@settings(deadline=None)
 def test_no_field_crashes_the_reader(message: Message, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(type(message).model_fields)))
     try:

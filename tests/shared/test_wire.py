@@ -173,7 +173,7 @@ def test_no_flipped_byte_gets_past_as_anything_but_finite_values(codec: str, for
 
 
 @given(st.sampled_from(CODEC_NAMES), st.sampled_from(["raw", "zstd"]), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_no_edit_crashes_the_reader(codec: str, form: str, data: st.DataObject) -> None:
     golden = bytearray((GOLDEN / f"{codec}.{form}").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -187,7 +187,6 @@ def test_no_edit_crashes_the_reader(codec: str, form: str, data: st.DataObject) 
 
 
 @given(st.binary(max_size=200))
-@settings(deadline=None)
 def test_no_header_crashes_the_reader(packed: bytes) -> None:
     with pytest.raises(FormatError):
         open_container(MAGIC + struct.pack("<I", len(packed)) + packed, FRAGMENT)
@@ -206,7 +205,7 @@ json_like = st.recursive(
 
 
 @given(st.sampled_from(sorted(Header.model_fields)), json_like)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_header_field_crashes_the_reader(field: str, value: object) -> None:
     try:
         flat = decoded(changed(container("int8", 0), **{field: value}))

@@ -128,7 +128,7 @@ async def test_a_field_of_the_wrong_kind_is_named(fleet: Any, field: str, value:
     assert answer.json["detail"].startswith(field)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.binary(max_size=200), st.sampled_from([Join, Heartbeat, Leave, OpenUpload, Manifest]))
 def test_no_bytes_make_unpack_raise_anything_but_a_format_error(data: bytes, kind: Any) -> None:
     with pytest.raises(FormatError):
@@ -144,7 +144,7 @@ MESSAGES = [Join, Heartbeat, OpenUpload, Manifest, DataReport]
 fields = sorted({"layout", *(field for kind in MESSAGES for field in kind.model_fields)})
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(fields), any_value, max_size=6), st.sampled_from(MESSAGES))
 def test_no_message_makes_unpack_raise_anything_but_a_format_error(message: dict[str, Any], kind: Any) -> None:
     with contextlib.suppress(FormatError):

@@ -214,5 +214,5 @@ class Schedule(RuleBasedStateMachine):
             assert self.core.complete(p) or len(state.open.sites) < (self.plan.policy.quorum or 1)
 
 
-Schedule.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Schedule.TestCase.settings = settings(max_examples=100, stateful_step_count=50)
 TestAnySchedule = Schedule.TestCase

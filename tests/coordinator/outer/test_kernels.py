@@ -89,7 +89,7 @@ def check(optimizer: Optimizer, codec: str, size: int, seed: int, lr: float, mu:
     assert squares == pytest.approx(float(np.sum(delta.astype(np.float64) ** 2)), rel=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(DEFINITIONS)),
     st.sampled_from(PUBLISHED),

@@ -18,7 +18,7 @@ DENSE_NAMES = ["fp32", "bf16", "fp16", "int8", "int4", "e3m0"]
 TOPK = "topk2-256"
 ALL = [*DENSE_NAMES, TOPK]
 SCALED = ["int8", "int4", "e3m0"]
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 LEVELS = {"int8": 127, "int4": 7}
 LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000]
 

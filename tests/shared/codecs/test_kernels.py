@@ -18,7 +18,7 @@ from shared.codecs import CODECS, DENSE, grid, kernels, reference
 F32 = NDArray[np.float32]
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 200)
 WEIGHTS = (1.0, -1.0, 0.0, 1 / 3, 0.7, 1e-30, 3e5)
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 LEVELS = {"int8": 127, "int4": 7}
 
 

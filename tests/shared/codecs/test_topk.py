@@ -12,7 +12,7 @@ from shared.codecs import CODECS, TopK, codec_named, kernels, reference
 from shared.errors import FormatError
 
 F32 = NDArray[np.float32]
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 DEFAULT = TopK(128)
 
 

@@ -140,4 +140,4 @@ class RandomNews(RuleBasedStateMachine):
 
 
 TestRandomNews = RandomNews.TestCase
-TestRandomNews.settings = settings(deadline=None, max_examples=50, stateful_step_count=40)
+TestRandomNews.settings = settings(max_examples=50, stateful_step_count=40)

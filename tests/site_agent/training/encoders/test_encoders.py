@@ -36,7 +36,7 @@ every_device = pytest.mark.parametrize("device", DEVICES, ids=str)
 INT4 = DENSE["int4"].with_step(1.0)
 TRAINED = 2.0**10
 """What is encoded and is larger a screening may refuse, though it is encoded soundly."""
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 
 
 def cut(sizes: Sequence[int]) -> list[Chunk]:
