@@ -56,7 +56,7 @@ def pack(batch: Batch) -> bytes:
     """The batch as bytes. Raises ConfigError where it holds other than tensors, containers and plain values."""
     try:
         packed: bytes = msgpack.packb(batch, default=_pack_other, strict_types=True)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ConfigError(f"a batch of this task cannot be sent to another process: {error}") from None
     return packed
 

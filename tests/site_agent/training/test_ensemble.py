@@ -16,6 +16,7 @@ from shared.config import UploadCodec
 from shared.errors import ConfigError, FaultError
 from shared.task import build_model
 from site_agent.core.alignment import How, Rule
+from site_agent.core.shares import Pass
 from site_agent.training.batches import Ahead
 from site_agent.training.forms import whole
 from site_agent.training.replica import DivergedError
@@ -96,7 +97,8 @@ def rounds(site: Site) -> Course:
             for p, anchor in enumerate(anchors):
                 anchors[p] = (anchor * np.float32(1.01)).astype(np.float32)
                 ensemble.take_up(p, how, anchor, anchors[p])
-        course.evaluation = ensemble.evaluate(anchors, batches(2, seed=9) + batches(1, sequences=1))
+        others = [anchor * np.float32(0.9) for anchor in anchors]
+        course.evaluation = ensemble.evaluate(others, batches(2, seed=9) + batches(1, sequences=1))
         course.losses.append(ensemble.step(stream, LR)[0])
         ensemble.snapshot(0)
         ensemble.snapshot(1)
@@ -523,14 +525,15 @@ def measured(site: Site) -> Any:
     if ensemble is None:
         return None
     seconds = ensemble.calibrate(Stream(batches(9)), 3, 1e9)
-    told = ensemble.balance.shares, ensemble.describe(), seconds
+    told = ensemble.balance.shares, ensemble.describe(), ensemble.plan(4), seconds
     ensemble.end()
     return told
 
 
 def test_shares_are_those_of_measured_speeds() -> None:
-    (shares, told, seconds), _ = run_ranks(2, measured, Site(groups=TWO))
+    (shares, told, smaller, seconds), _ = run_ranks(2, measured, Site(groups=TWO))
     assert shares == [6, 2]
+    assert smaller == [[Pass(0, 3)], [Pass(3, 4)]]  # a batch of another size is shared alike
     assert told == "g0 6 sequences at 10/s, g1 2 sequences at 3.33/s"
     assert seconds > 0
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 
 from shared.task import build_model
-from site_agent.training.forms import Computing, Form, assign, blocks_of, whole
+from site_agent.training.forms import Computing, Form, Replicated, assign, blocks_of, whole
 from tests.support.ranks import run_ranks
 from tests.support.sites import (
     Block,
@@ -174,6 +176,29 @@ def test_groups_train_as_one_process_does_in_each_precision() -> None:
         assert all(torch.equal(ours[1][name], theirs[1][name]) for name in exact[1])
     assert apart(head[-1][1], exact[1]) < 1e-5
     assert not other[0][0]
+
+
+def sums() -> list[int]:
+    """How often replicas sum gradients in a step of one pass, and of four."""
+    counts = []
+    for micro_batch in (0, 1):
+        site = Site(PLAIN, ((0, 1),), micro_batch=micro_batch)
+        trainer, calls = trainer_of(site), []
+        assert isinstance(trainer.form, Replicated)
+
+        # (A hook may have no annotations that are strings.)
+        counted = lambda group, bucket, calls=calls: (calls.append(1), allreduce_hook(group, bucket))[1]  # noqa: E731
+        trainer.form._wrapped.register_comm_hook(dist.group.WORLD, counted)
+        if (ensemble := begun(trainer, site)) is not None:
+            ensemble.step(Stream(batches(1)), LR)
+            ensemble.end()
+        counts.append(len(calls))
+    return counts
+
+
+def test_replicas_sum_their_gradients_once_a_step() -> None:
+    once, four = run_ranks(2, sums)[0]
+    assert once == four > 0
 
 
 def test_a_pass_that_one_rank_tries_alone_is_its_own() -> None:
