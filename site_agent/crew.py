@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +323,8 @@ def settled(crew: Crew, config: SiteConfig, measure: Callable[[], Mapping[str, A
         decision = dict(measure())
         mode, why = decision["mode"], decision.get("why", "")
         told = {**decision, "groups": [group.name for group in crew.groups]}
-        file, text = _decision_file(config), json.dumps(told, indent=1) + "\n"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Disk().put(file, lambda at: at.write_text(text, encoding="utf-8") and None)
+        _decision_file(config).parent.mkdir(parents=True, exist_ok=True)
+        Disk().put(_decision_file(config), partial(_write, json.dumps(told, indent=1) + "\n"))
     if len(crew.groups) > 1:
         way = "one learner" if mode == "average" else "a learner for each group"
         log.info("%s: %s (%s)", crew.describe(), way, why)
@@ -346,6 +346,10 @@ def stated(crew: Crew, config: SiteConfig) -> tuple[Mode, str] | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def _decision_file(config: SiteConfig) -> Path:

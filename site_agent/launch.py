@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -86,7 +87,9 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     patience = int(stop_seconds + LEAVING_SECONDS)
+    # (torch before it knew this leaves them 30 s.)
     known = {field.name for field in fields(LaunchConfig)}
+    leaving: dict[str, Any] = {"shutdown_timeout": patience} if "shutdown_timeout" in known else {}
     launcher = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -95,8 +98,7 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        # (torch before it knew this leaves them 30 s.)
-        **({"shutdown_timeout": patience} if "shutdown_timeout" in known else {}),
+        **leaving,
     )
     try:
         elastic_launch(launcher, sys.executable)("-m", "isthmus", *arguments)
