@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -12,15 +11,16 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from shared.errors import FaultError
+from shared.program import signal_when_parent_ends
 
 STOP_SECONDS = 10.0
 LOOPBACK = "127.0.0.1,localhost,::1"
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -54,7 +54,8 @@ class Fleet:
                 # Loopback is never reached through a proxy, whatever the machine uses for the rest.
                 env={**os.environ, "NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK, **(env or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                # In the child, before it becomes the program.
+                preexec_fn=partial(signal_when_parent_ends, signal.SIGKILL),
             )
         child = Child(name, process, log)
         self.children.append(child)
@@ -106,8 +107,3 @@ def coordinator_status(url: str) -> dict[str, Any] | None:
     except (urllib.error.URLError, OSError, ValueError):
         return None
     return document
-
-
-def _die_with_parent() -> None:
-    """In the child, before it becomes the program: the kernel kills it when the parent is gone, however that went."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
@@ -13,6 +15,7 @@ from shared.errors import FaultError, IsthmusError, LostError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_PR_SET_PDEATHSIG = 1
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
@@ -35,6 +38,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise SystemExit(130) from None
 
     return run
+
+
+def signal_when_parent_ends(number: signal.Signals) -> None:
+    """The kernel sends this process a signal when its parent is gone, however that went; where the kernel is Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def fail(sentence: str, exit_code: int) -> NoReturn:

@@ -28,6 +28,7 @@ from shared.config import DevicesTable, RunConfig, SiteConfig, received_run
 from shared.errors import ConfigError, FaultError, LostError
 from shared.files import DISK
 from shared.fragments import Layout, TensorSpec
+from shared.program import signal_when_parent_ends
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
 from site_agent.core.memory import Needed, memory_needed
 from site_agent.core.mixture import Group, Mode, Rank, groups_of
@@ -167,6 +168,8 @@ def _join() -> Team:
             raise LostError(
                 f"the processes of this site do not find each other: {first_sentence(str(error))}"
             ) from None
+    # Without its launcher nobody starts it again: the head leaves, and the others go with it.
+    signal_when_parent_ends(signal.SIGTERM)
     if int(os.environ["RANK"]):
         # They end when the head says so, or is gone; it has a checkpoint to take before.
         for number in (signal.SIGTERM, signal.SIGINT):
