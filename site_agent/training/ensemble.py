@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Ensemble", "serve"]
 
+MEASURED_STEPS = 3
 PER_FRAGMENT = ("begin", "snapshot", "forget", "encode", "leave", "settle", "take_up")
 """Orders about one fragment, with up to two of its vectors, of which each rank gets its part."""
 
@@ -132,8 +133,9 @@ class Ensemble:
     def _measure_groups(self, stream: BatchStream, lr: float) -> None:
         """Shares by what each group does in a step, for the first one; they settle while it trains."""
         for _ in range(2):
-            stepped = self.trainer.step(self._dealt("step", next(stream), lr=lr), lr)
-            speeds = [max(1, share) / took for share, took in zip(self.balance.shares, stepped.seconds, strict=True)]
+            steps = (self.trainer.step(self._dealt("step", next(stream), lr=lr), lr) for _ in range(MEASURED_STEPS))
+            took = [median(seconds) for seconds in zip(*(stepped.seconds for stepped in steps), strict=True)]
+            speeds = [max(1, share) / each for share, each in zip(self.balance.shares, took, strict=True)]
             self.balance = Balance(self.balance.batch, speeds)
 
     def exchange_seconds(self) -> float:
