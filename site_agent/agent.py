@@ -187,9 +187,11 @@ class Agent:
 
         shard = joined.orders.shard
         stream_of: Callable[[Shard], Any] = dealt
-        stream = dealt(Shard(shard.index, shard.count, shard.seed))
-        if (manifest := manifest_of(task)) is not None:
-            self.courier.describe_data(manifest)
+        with self.crew.team.waiting():  # data are opened, which may mean that they are tokenised
+            stream = dealt(Shard(shard.index, shard.count, shard.seed))
+            if (manifest := manifest_of(task)) is not None:
+                self.courier.describe_data(manifest)
+        if manifest is not None:
             state = config.path(config.site.state)
             leased = LeasedStream(
                 task,
@@ -204,7 +206,7 @@ class Agent:
         seconds = calibrate(self.crew, self.ensemble, stream)
         evaluator: Evaluates
         if self.crew.team.alone:
-            evaluator = Evaluator(self.ensemble.trainer, self.courier, self._evaluations)
+            evaluator = Evaluator(self.ensemble, self.courier, self._evaluations)
         else:
             evaluator = TogetherEvaluator(self.ensemble, self.courier)
         place = Place(config.path(config.site.state), config.site.checkpoint_seconds, self._saver)

@@ -38,7 +38,8 @@ def check(config: SiteConfig) -> None:
         console.print(f"[bold]{what:<11}[/] {escape(text)}", soft_wrap=True)
 
     _devices(say, crew, config)
-    asked = asyncio.run(ask_all(config))
+    with crew.team.waiting():
+        asked = asyncio.run(ask_all(config))
     _coordinators(say, config, asked)
     preview, layout = asked[0].preview, whole_layout(asked)
     run = received_run(preview.config)
@@ -47,7 +48,7 @@ def check(config: SiteConfig) -> None:
         say(name, f"the run's ({shortened(value)})")
     say("layout", f"fits: {layout.parameters:,} parameters in {len(layout.fragments)} fragments")
     with in_words(crew.team):
-        found = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run)
+        found = survey(crew, config, ensemble, preview_stream(crew, preview, run, ensemble.trainer.task), run)
     mode: Mode = "average"
     if found.verdict is not None:
         mode, why = stated(crew, config) or (found.verdict.mode, "as measured here")

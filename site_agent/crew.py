@@ -8,6 +8,7 @@ device groups; whether several groups train one model or one each is decided onc
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from site_agent.training import drivers
 from site_agent.training.ensemble import serve
 from site_agent.training.forms import Computing, Parallel
 from site_agent.training.makes import CPU, GLOO, Found, backend, devices_of, look_at
+from site_agent.training.optimizers import build_optimizer
 from site_agent.training.seats import take_seat
 from site_agent.training.team import ALONE, Order, Team
 from site_agent.training.trainer import Trainer
@@ -244,6 +246,7 @@ def prepare(crew: Crew, config: SiteConfig, run: RunConfig, layout: Layout, fing
         check_fingerprint(fingerprint_of(task), fingerprint)
         parallel = holding(crew, config, run, layout, crew.mine)
         model = build_model(task, run.run.seed)
+        build_optimizer(run.inner, model)  # nothing is allocated yet; what is wrong with it is said here
         layout.check_model(TensorSpec(name, tuple(p.shape)) for name, p in model.named_parameters())
         return task, model, parallel
 
@@ -305,7 +308,10 @@ def follow(crew: Crew, config: SiteConfig) -> Order:
             order = crew.team.hear()
             while order["do"] == "prepare":
                 run, layout = received_run(order["config"]), Layout.from_wire(order["layout"])
+                devices = config.devices.model_copy(update={"parallel": order["parallel"]})
+                config = config.model_copy(update={"devices": devices})  # the head's, or ranks would not meet
                 order = serve(prepare(crew, config, run, layout, order["fingerprint"]))
+                gc.collect()  # a model and its layers know each other
             if order["do"] != "tick":
                 return order
 
@@ -323,6 +329,7 @@ def settled(crew: Crew, config: SiteConfig, measure: Callable[[], Mapping[str, A
         mode, why = known
     else:
         decision = dict(measure())
+        gc.collect()  # the model that was measured, before the next is made
         mode, why = decision["mode"], decision.get("why", "")
         told = {**decision, "groups": [group.name for group in crew.groups]}
         _keep(_decision_file(config), json.dumps(told, indent=1) + "\n")

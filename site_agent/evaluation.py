@@ -13,7 +13,7 @@ from shared.task import Batch
 from site_agent.contribution import Anchor
 from site_agent.courier import Courier
 from site_agent.training.ensemble import Ensemble
-from site_agent.training.trainer import Trainer, evaluate, load_flat
+from site_agent.training.trainer import load_flat
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 class Evaluator:
     """Evaluates on `executor`, one set of weights at a time, and reports through the courier."""
 
-    def __init__(self, trainer: Trainer, courier: Courier, executor: Executor) -> None:
-        self._trainer, self._courier, self._executor = trainer, courier, executor
+    def __init__(self, ensemble: Ensemble, courier: Courier, executor: Executor) -> None:
+        self._ensemble, self._trainer = ensemble, ensemble.trainer
+        self._courier, self._executor = courier, executor
         self._under_way: Future[None] | None = None
 
     def begin(self, anchors: Sequence[Anchor]) -> None:
@@ -56,7 +57,7 @@ class Evaluator:
             self._courier.evaluates = False
             return
         load_flat(model, trainer.layout, (anchor.flat for anchor in anchors))
-        _report(self._courier, anchors, evaluate(trainer.task, model, batches, trainer.device))
+        _report(self._courier, anchors, self._ensemble.evaluate_beside(model, batches))
 
 
 class TogetherEvaluator:
@@ -71,7 +72,8 @@ class TogetherEvaluator:
         are between two passes then. What fails within a pass leaves them apart, and is raised."""
         trainer = self._ensemble.trainer
         try:
-            batches = trainer.task.eval_batches(trainer.inner.batch_size)
+            with trainer.team.waiting():
+                batches = trainer.task.eval_batches(trainer.inner.batch_size)
         except Exception:
             log.exception("evaluation failed")
             return

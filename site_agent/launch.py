@@ -28,8 +28,10 @@ from site_agent.training.makes import devices_of
 
 log = logging.getLogger(__name__)
 
-FINAL = (ConfigError.exit_code, RefusedError.exit_code, FaultError.exit_code, 130, 143)
+FINAL = (ConfigError.exit_code, RefusedError.exit_code, FaultError.exit_code)
 """Exit codes that starting again does not help."""
+STOPPED = (130, 143)
+"""Those of processes that were told to stop: where it was not the launcher that was told, by it, after a death."""
 TRIES, SOUND_SECONDS = 3, 600.0
 """So many starts in a row whose processes die within so many seconds, and it is given up."""
 LEAVING_SECONDS = 10.0
@@ -56,8 +58,8 @@ def launch(config: SiteConfig, arguments: Sequence[str], *, again: bool = True) 
     tries = 0
     while True:
         began = time.monotonic()
-        code = _run(processes_of(config), arguments, config.site.stop_seconds)
-        if code == 0 or code in FINAL:
+        code, stopped = _run(processes_of(config), arguments, config.site.stop_seconds)
+        if code == 0 or code in FINAL or stopped:
             return code
         tries = tries + 1 if time.monotonic() - began < SOUND_SECONDS else 1
         died = f"a process of this site died ({_died(code)})"
@@ -76,8 +78,8 @@ def _died(code: int) -> str:
     return f"exit code {code}"
 
 
-def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
-    """Once. Returns the exit code that says most."""
+def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> tuple[int, bool]:
+    """Once. Returns the exit code that says most, and whether they were told to stop."""
     # What became of them is said here, or by themselves. (Each of torch's loggers has a level of its own.)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
@@ -105,8 +107,11 @@ def _run(processes: int, arguments: Sequence[str], stop_seconds: float) -> int:
         codes = [failure.exitcode for failure in failed.failures.values()]
         # One that is killed by a signal has it negative.
         told = [128 - code if code < 0 else code for code in codes]
-        # Who was killed says more than who lost another by it.
-        return min(told, key=lambda code: (code not in FINAL, code <= 128, code == LostError.exit_code))
+        # Who was killed says more than who lost another by it, or was stopped for it.
+        most = min(
+            told, key=lambda code: (code not in FINAL, code in STOPPED, code <= 128, code == LostError.exit_code)
+        )
+        return most, all(code in STOPPED for code in told)
     except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    return 0
+        return 128 + int(stopped.sigval), True
+    return 0, False

@@ -274,6 +274,8 @@ class Learner:
         contributed of them comes up as it was; see site_agent.outbox. What versions that takes, by fragment."""
         fragments = range(len(self._at_join))
         self.trainer.load_state(tensors, manifest["optimizer"])
+        # (The head's CPU goes on where it was; devices and other ranks draw anew, each its own.)
+        self.trainer.seed((self.run_config.run.seed * 1_000_003 + manifest["core"]["steps"]) % 2**63)
         torch.set_rng_state(tensors["random"])
         self.core = core = checkpoint.unpack_core(manifest["core"], self.settings, self._clock())
         core.pace = self._orders.pace or core.pace

@@ -43,7 +43,15 @@ def recruit(
     crew: Crew, config: SiteConfig, values: Mapping[str, Any], layout: Layout, fingerprint: Mapping[str, str]
 ) -> Ensemble:
     """All ranks of the crew with the run's model, as one trainer; for the head. Raises ConfigError."""
-    crew.team.tell({"do": "prepare", "config": values, "layout": layout.to_wire(), "fingerprint": dict(fingerprint)})
+    crew.team.tell(
+        {
+            "do": "prepare",
+            "config": values,
+            "layout": layout.to_wire(),
+            "fingerprint": dict(fingerprint),
+            "parallel": config.devices.parallel,
+        }
+    )
     trainer = prepare(crew, config, received_run(dict(values)), layout, fingerprint)
     return Ensemble(trainer, config.devices.micro_batch)
 
@@ -88,19 +96,21 @@ def _peak(device: torch.device) -> int | None:
     return None if count is None else int(count(device))
 
 
-def preview_stream(preview: Preview, run: RunConfig, task: Any) -> BatchStream:
+def preview_stream(crew: Crew, preview: Preview, run: RunConfig, task: Any) -> BatchStream:
     """Data as this site would get it if it joined now."""
-    stream: BatchStream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
+    with crew.team.waiting():  # they are opened, which may mean that they are tokenised
+        stream: BatchStream = task.train_batches(Shard(0, max(1, preview.sites), run.run.seed), run.inner.batch_size)
     return stream
 
 
 def decision(crew: Crew, config: SiteConfig) -> dict[str, Any]:
     """What to do with several groups, by what they are measured to do with the run; see `crew.settled`."""
-    asked = asyncio.run(ask_all(config))
+    with crew.team.waiting():
+        asked = asyncio.run(ask_all(config))
     preview, layout = asked[0].preview, whole_layout(asked)
     run = received_run(preview.config)
     ensemble = recruit(crew, config, preview.config, layout, preview.fingerprint)
     with in_words(crew.team):
-        verdict = survey(crew, config, ensemble, preview_stream(preview, run, ensemble.trainer.task), run).verdict
+        verdict = survey(crew, config, ensemble, preview_stream(crew, preview, run, ensemble.trainer.task), run).verdict
     assert verdict is not None
     return asdict(verdict)

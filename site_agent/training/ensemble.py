@@ -17,7 +17,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.codecs.kernels import U8
 from shared.errors import ConfigError, FaultError
@@ -28,7 +28,7 @@ from site_agent.core.shares import Balance, Pass, passes
 from site_agent.training.batches import Ahead, cut, pack, sequences_of, unpack
 from site_agent.training.replica import DivergedError
 from site_agent.training.team import Order, Team
-from site_agent.training.trainer import Trainer, Work
+from site_agent.training.trainer import Trainer, Work, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Ensemble:
     def fit(self, batch: Batch) -> None:
         """Sets the micro-batch to the most sequences that every device has memory for, by trying, unless it is set. The
         caller writes the weights afterwards. Raises FaultError where there is none for one."""
-        if self.micro_batch or self.trainer.form.sharded or self.trainer.device.type == "cpu":
+        if self.micro_batch or (self.team.alone and not self.trainer.tries):
             return
         try:
             sequences = sequences_of(batch)
@@ -112,6 +112,8 @@ class Ensemble:
             self.micro_batch = (self.micro_batch + 1) // 2
         if self.micro_batch < most:
             log.info("a pass is over at most %d sequences, which is what the devices have memory for", self.micro_batch)
+        elif not self.team.alone:
+            self.micro_batch = 0  # shares may change; what one rank had in a pass says nothing of another
 
     def _all_fit(self, batch: Batch) -> bool:
         return _all_fit(self.trainer, self._dealt("fits", batch))
@@ -208,6 +210,16 @@ class Ensemble:
             self.team.tell({"do": "take_back"})
             self.trainer.take_back()
         return total / tokens if tokens else None
+
+    def evaluate_beside(self, model: nn.Module, batches: Iterable[Batch]) -> float | None:
+        """Mean loss over `batches` of another model on this device, in passes as training has them; for one rank, and
+        beside its steps."""
+        pieces = batches
+        if self.micro_batch:
+            most = self.micro_batch
+            pieces = (cut(batch, at, at + most) for batch in batches for at in range(0, sequences_of(batch), most))
+        with self.trainer.form.autocast():
+            return evaluate(self.trainer.task, model, pieces, self.trainer.device)
 
     def tick(self) -> None:
         """Nothing, at everyone: those who wait for an order know that the head is there."""

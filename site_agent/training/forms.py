@@ -76,13 +76,13 @@ class Form:
 
     def forward(self, batch: Batch) -> tuple[Tensor, int]:
         """The same without gradients."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             loss, tokens = self.task.loss(self.model, batch)
         return loss, int(tokens)
 
     def pass_alone(self, batch: Batch) -> None:
         """A forward and a backward pass of which no other rank of the group knows; its gradient is this rank's own."""
-        with self._autocast():
+        with self.autocast():
             loss, _ = self.task.loss(self.model, batch)
         torch.autograd.backward(loss)
 
@@ -90,11 +90,12 @@ class Form:
         """After forward passes alone: the next one is to see weights that are written now."""
 
     def _loss(self, batch: Batch, *, last: bool) -> tuple[Tensor, int]:
-        with self._autocast():
+        with self.autocast():
             loss, tokens = self.task.loss(self.model, batch)
         return loss, int(tokens)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What passes compute in."""
         dtype = DTYPES.get(self.how.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
@@ -115,7 +116,7 @@ class Replicated(Form):
 
     def _loss(self, batch: Batch, *, last: bool) -> tuple[Tensor, int]:
         # The context must hold around the forward pass, which is where it is looked at.
-        with nullcontext() if last else self._wrapped.no_sync(), self._autocast():
+        with nullcontext() if last else self._wrapped.no_sync(), self.autocast():
             loss, tokens = self._wrapped(batch)
         return loss, int(tokens)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shared.config import RunConfig
 from shared.fragments import F32, Layout, TensorSpec
 from shared.task import Batch
+from site_agent.core.memory import ALIGNING
 from site_agent.training.batches import to_device
 from site_agent.training.forms import Computing, Form, Parallel, Replicated, Sharded, assign, whole
 from site_agent.training.gradients import clip
@@ -154,11 +155,22 @@ class Trainer(Replica):
         if self._throttle < 1.0:
             time.sleep(max(0.0, units * statistics.median(known) / self._throttle - seconds))
 
+    @property
+    def tries(self) -> bool:
+        """Whether trying tells how much the device has memory for. (A CPU's ends otherwise, and ranks that share a
+        model meet in each pass: one that fails would leave the others there.)"""
+        return self.device.type != "cpu" and not self.form.sharded
+
     def fits(self, batch: Batch) -> bool:
-        """Whether the device has memory for a pass over so much beside all that a step needs, by trying. The optimizer
-        is a fresh one after it, and weights are the caller's to write."""
+        """Whether the device has memory for a pass over so much beside all that training needs, by trying; where that
+        tells nothing, True. The optimizer is a fresh one after it, and weights are the caller's to write."""
+        if not self.tries:
+            return True
         self.optimizer.set_lr(0.0)
+        reserved: Tensor | None = None
         try:
+            # What is not there yet: feedback, snapshots, an alignment, and the model of an evaluation beside it.
+            reserved = torch.empty(self._reserve(), dtype=torch.uint8, device=self.device)
             for _ in range(2):  # in the second pass the optimizer has its state
                 self.form.pass_alone(to_device(batch, self.device))
                 self.optimizer.step()
@@ -166,12 +178,20 @@ class Trainer(Replica):
             fits = True
         except torch.OutOfMemoryError:
             fits = False
+        del reserved
         # Not before here has the pass let go of what it held.
         self.optimizer.zero_grad()
         self.optimizer.reset()
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
         return fits
+
+    def _reserve(self) -> int:
+        """Bytes that training holds on this device besides weights, gradients, optimizer and passes."""
+        largest = max(part.size for part in self.parts)
+        feedback = sum(part.size for part in self.parts) * (1 + bool(self.wire.error_feedback))
+        beside = self.layout.parameters if self.team.alone else 0
+        return 4 * (feedback + beside) + ALIGNING * largest
 
     def time_exchange(self) -> float:
         """Median seconds in which the groups' gradients are summed; 0 where there is one group."""
@@ -251,7 +271,7 @@ class Trainer(Replica):
                 if wanted:
                     tensors[f"model.{name}"] = full.to("cpu", copy=True)
             of_optimizer, plain = pack_optimizer(self.optimizer, wanted)
-            tensors |= of_optimizer
+            tensors, plain = {**tensors, **of_optimizer}, {**plain, "scale": self.scale.state()}
         for name, flat in self.kept():
             if self.team.alone:
                 tensors[name] = flat
@@ -272,6 +292,8 @@ class Trainer(Replica):
                     flat = tensors[name]
                     kept[name] = flat if self.team.alone else flat[part.start : part.stop].clone()
         self.keep(kept)
+        if "scale" in plain:
+            self.scale.load_state(plain["scale"])
         restore_optimizer(self.optimizer, tensors, plain)
 
     # -- evaluation in place of the weights, where there is no room for another model

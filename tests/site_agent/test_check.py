@@ -25,8 +25,8 @@ from site_agent.survey import Survey
 from site_agent.training.forms import Computing
 from site_agent.training.makes import CUDA, Found, look_at
 from site_agent.training.team import ALONE
+from tests.support.byte_sites import layout_of, run_of
 from tests.support.live import live, run_config, site_config
-from tests.support.sites import layout_of, run_of
 
 RUN = run_of()
 LAYOUT = layout_of(RUN)

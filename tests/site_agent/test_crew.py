@@ -35,8 +35,8 @@ from site_agent.crew import (
 from site_agent.training.forms import Computing
 from site_agent.training.makes import CPU, CUDA, Found, look_at
 from site_agent.training.team import ALONE
+from tests.support.byte_sites import TASK, layout_of, run_of
 from tests.support.ranks import run_ranks
-from tests.support.sites import TASK, layout_of, run_of
 
 MIXED = {"device": ["cpu", "cpu", "cpu"], "group": ["fast", "slow", "fast"], "throttle": [1.0, 0.25, 0.5]}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -14,8 +14,8 @@ import torch
 from site_agent.contribution import Anchor
 from site_agent.evaluation import Evaluator, TogetherEvaluator
 from site_agent.training.trainer import Trainer, evaluate, load_flat
+from tests.support.byte_sites import CONTEXT, Batches, head_or_serve, run_of, trainer_of
 from tests.support.ranks import run_ranks
-from tests.support.sites import CONTEXT, Batches, head_or_serve, run_of, trainer_of
 
 RUN = run_of()
 LR = 1e-2
