@@ -18,7 +18,7 @@ from shared.task import build_model
 from site_agent.core.alignment import How, Rule
 from site_agent.core.shares import Pass
 from site_agent.training.batches import Ahead
-from site_agent.training.forms import whole
+from site_agent.training.forms import Computing, whole
 from site_agent.training.replica import DivergedError
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 from tests.support.ranks import run_ranks
@@ -383,8 +383,8 @@ def test_a_gradient_that_is_not_finite_at_one_rank_is_skipped_at_all() -> None:
         Site(groups=TWO_AND_ONE),
         Site(groups=TWO_AND_ONE, parallel="fsdp", micro_batch=1),
         Site(groups=((0, 1, 2),), parallel="fsdp"),
-        Site(groups=((0, 1, 2),), how=replace(Site().how, precision="fp16")),
-        Site(groups=TWO_AND_ONE, parallel="fsdp", how=replace(Site().how, precision="fp16")),
+        Site(groups=((0, 1, 2),), how=Computing("fp16")),
+        Site(groups=TWO_AND_ONE, parallel="fsdp", how=Computing("fp16")),
     ]
     ranks = run_ranks(3, skipping, sites)
     for number, site in enumerate(sites):
@@ -498,14 +498,14 @@ def ordered(site: Site) -> Any:
         seconds = ensemble.exchange_seconds()
         ensemble.end()
     fresh = not list(trainer.optimizer.state()) and all(p.grad is None for p in trainer.parameters.values())
-    return torch.initial_seed(), trainer.skipped_steps, fresh, seconds
+    return torch.initial_seed(), (trainer.skipped_steps, trainer.scale.value, fresh), seconds
 
 
 def test_orders_reach_every_rank() -> None:
-    ranks = run_ranks(2, ordered, Site(groups=TWO))
-    assert [seed for seed, _, _, _ in ranks] == [1000, 1001]  # ranks do not drop out the same activations
-    assert [(skipped, fresh) for _, skipped, fresh, _ in ranks] == [(0, True)] * 2
-    assert ranks[0][3] > 0
+    ranks = run_ranks(2, ordered, Site(groups=TWO, how=Computing("fp16")))
+    assert [seed for seed, _, _ in ranks] == [1000, 1001]  # ranks do not drop out the same activations
+    assert [state for _, state, _ in ranks] == [(0, 4096.0, True)] * 2
+    assert ranks[0][2] > 0
 
 
 def measured(site: Site) -> Any:
