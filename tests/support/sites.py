@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,3 +169,8 @@ def begun(trainer: Trainer, site: Site) -> Ensemble | None:
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Whole, at every rank; all of its group ask for them."""
     return {name: whole(p.detach()).clone() for name, p in trainer.parameters.items()}
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether the bits of all are."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -45,6 +45,8 @@ def test_names_that_come_to_the_same_are_told_apart_and_not_taken_for_another_de
     long = [rank("x" * 40 + tail) for tail in "abc"]
     names = [group.name for group in groups_of(long)]
     assert names == ["cuda-" + "x" * 27, "cuda-" + "x" * 25 + "-2", "cuda-" + "x" * 25 + "-3"]
+    words = groups_of([rank("x" * 24 + " yy" + tail) for tail in "ab"])
+    assert words[1].name == "cuda-" + "x" * 24 + "-2"
 
 
 @given(st.lists(st.text(max_size=50), min_size=1, max_size=40))
