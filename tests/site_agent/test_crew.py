@@ -317,6 +317,7 @@ def tries_another_model(rank: int) -> tuple[str, str]:
     made = config().model_copy(update={"data": mine})
     crew = enlist(made)
     order = {"do": "prepare", "config": RUN.model_dump(mode="json"), "layout": LAYOUT.to_wire(), "fingerprint": {}}
+    order["parallel"] = "auto"
     try:
         if crew.team.head:
             crew.team.tell(order)

@@ -13,6 +13,7 @@ import torch
 
 from site_agent.contribution import Anchor
 from site_agent.evaluation import Evaluator, TogetherEvaluator
+from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 from tests.support.byte_sites import CONTEXT, Batches, head_or_serve, run_of, trainer_of
 from tests.support.ranks import run_ranks
@@ -93,7 +94,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 def evaluated(kind: str, executor: Any) -> tuple[Reports, Trainer]:
     trainer, courier = trainer_of(RUN), Reports()
     holds_out(trainer, kind)
-    evaluator = Evaluator(trainer, courier, executor)  # type: ignore[arg-type]
+    evaluator = Evaluator(Ensemble(trainer), courier, executor)  # type: ignore[arg-type]
     evaluator.begin(published(trainer))
     evaluator.finish()
     return courier, trainer
@@ -120,7 +121,7 @@ def test_one_evaluation_is_under_way_at_a_time() -> None:
         return begun[-1]
 
     trainer = trainer_of(RUN)
-    evaluator = Evaluator(trainer, Reports(), SimpleNamespace(submit=submit))  # type: ignore[arg-type]
+    evaluator = Evaluator(Ensemble(trainer), Reports(), SimpleNamespace(submit=submit))  # type: ignore[arg-type]
     evaluator.begin(published(trainer))
     evaluator.begin(published(trainer))
     assert len(begun) == 1

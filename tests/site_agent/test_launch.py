@@ -117,6 +117,8 @@ def test_the_exit_code_of_the_process_that_knows_why_counts(ends: Callable[..., 
         ((1, -9), "killed, as for want of memory"),
         ((-11, LOST), "signal 11"),
         ((LOST, 1), "exit code 1"),
+        ((143, -9), "killed, as for want of memory"),  # another learner, which the launcher stopped for it
+        ((143, LOST), f"exit code {LOST}"),
         ((1,), "exit code 1"),
     ],
 )

@@ -216,7 +216,7 @@ def measured(site: Site) -> Any:
     ensemble = begun(trainer, site)
     if ensemble is None:
         return None
-    seconds = ensemble.calibrate(Stream(batches(9)), 3, 1e9)
+    seconds = ensemble.calibrate(Stream(batches(16)), 3, 1e9)
     told = ensemble.balance.shares, ensemble.describe(), ensemble.plan(4), seconds
     ensemble.end()
     return told
@@ -254,7 +254,7 @@ def test_a_pass_has_as_many_sequences_as_every_rank_has_room_for() -> None:
     site = Site(groups=TWO)
     cases = [(site, (8, 8)), (site, (8, 1)), (site, (3, 4)), (replace(site, micro_batch=5), (8, 0)), (site, (0, 8))]
     told, _ = run_ranks(2, all_fitted, cases)
-    assert told[:4] == [4, 1, 2, 5]
+    assert told[:4] == [0, 1, 2, 5], "0 where nobody lacks room: shares change"
     assert told[4].startswith("the devices have too little memory for a pass over one sequence: ")
     assert fitted(Site(), (5,)) == 4
     # What cannot be cut is trained as it is.

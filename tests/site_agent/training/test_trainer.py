@@ -327,7 +327,9 @@ def test_a_step_without_any_token_is_skipped() -> None:
     assert weights(t)["s"] == 8.0
 
 
-def test_memory_is_tried_with_the_optimizer_s_state_in_place() -> None:
+def test_memory_is_tried_with_the_optimizer_s_state_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert masked().trainer.fits(torch.ones(10**6)), "trying tells nothing of a CPU"
+    monkeypatch.setattr(Trainer, "tries", True)
     t = masked(optimizer="adamw")
     states: list[int] = []
     loss = t.trainer.task.loss
