@@ -63,8 +63,9 @@ def _without_weights(task: Any, seed: int) -> nn.Module:
         with torch.device("meta"):
             return build_model(task, seed)
     except ConfigError as error:
+        model = build_model(task, seed)  # what is wrong with the task itself is said by this
         log.info("the model is built whole, though its weights come from files: on the device meta, %s", error)
-    return build_model(task, seed)
+    return model
 
 
 def _flat(fragment: Fragment, named: Named) -> F32:

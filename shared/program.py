@@ -16,6 +16,7 @@ from shared.errors import FaultError, IsthmusError, LostError
 P = ParamSpec("P")
 R = TypeVar("R")
 _PR_SET_PDEATHSIG = 1
+DATES = "%Y-%m-%d %H:%M:%S"
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
@@ -52,12 +53,18 @@ def fail(sentence: str, exit_code: int) -> NoReturn:
     raise SystemExit(exit_code)
 
 
+def name_in_log(name: str) -> None:
+    """From here on log lines say whose they are: several have the same stderr."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s", DATES))
+
+
 def set_up_logging() -> None:
     """Log lines on stderr; the level comes from ISTHMUS_LOG (debug, info, warning)."""
     level = os.environ.get("ISTHMUS_LOG", "info").upper()
     logging.basicConfig(
         level=getattr(logging, level, logging.INFO),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
+        datefmt=DATES,
         stream=sys.stderr,
     )

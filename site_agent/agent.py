@@ -22,6 +22,7 @@ from shared.codecs import warm_up
 from shared.config import SiteConfig, received_run
 from shared.errors import LostError, RefusedError
 from shared.fragments import Layout
+from shared.program import name_in_log
 from shared.protocol import Code, Joined
 from shared.task import BatchStream, Shard, manifest_of
 from site_agent.asking import credentials_of
@@ -47,6 +48,7 @@ def train(config: SiteConfig) -> None:
     crew = enlist(config)
     if settled(crew, config, lambda: decision(crew, config)) == "learners":
         crew, config = apart(crew, config)
+        name_in_log(config.site.name)
     if crew.team.head:
         lead(crew, config)
         crew.team.tell({"do": "end"})
@@ -228,8 +230,8 @@ class Agent:
     def _drive(self, learner: Learner) -> None:
         """The learner's course in real time."""
         course = learner.course()
-        need = next(course)
         try:
+            need = next(course)
             while True:
                 match need:
                     case Train():

@@ -80,7 +80,8 @@ def _coordinators(say: Say, config: SiteConfig, asked: list[Asked]) -> None:
     for each in asked:
         trip, rate = f"round trip {each.trip * 1e3:.1f} ms", f"download {each.rate / 1e6:.1f} MB/s"
         say("coordinator", f"{each.url}, {trip}, {rate}")
-        say("token", f"good for site {config.site.name} in run {each.preview.run}")
+        which = "good" if config.site.token_file else "none is set, and none asked for,"
+        say("token", f"{which} for site {config.site.name} in run {each.preview.run}")
 
 
 def _groups(say: Say, crew: Crew, config: SiteConfig, found: Survey, mode: Mode, why: str) -> None:
@@ -90,7 +91,8 @@ def _groups(say: Say, crew: Crew, config: SiteConfig, found: Survey, mode: Mode,
     learners = ", ".join(f"{config.site.name}~{group.name}" for group in crew.groups)
     way = "one learner, gradients are averaged" if mode == "average" else f"a learner each: {learners}"
     say("groups", f"{way} ({why})")
-    say("", f"averaged {verdict.together:.3g} sequences/s, apart {verdict.apart:.3g}: {verdict.why}")
+    together = f"{verdict.together:.3g} sequences/s"
+    say("", f"averaged {together}, apart {verdict.apart:.3g} with an optimizer step each: {verdict.why}")
     if verdict.mode != mode:
         say("", f'[devices] mixed = "{verdict.mode}" would serve better, by what was measured here')
 

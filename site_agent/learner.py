@@ -296,7 +296,9 @@ class Learner:
         sent = {record.number for record in records}
         missing = {p: each for p in fragments if (each := self._missing(p, sent)) is not None}
         self._note_records()
-        log.info("continuing from the checkpoint of step %d", core.steps)
+        log.info(
+            "continuing from the checkpoint of step %d: steps since are trained again, not delivered twice", core.steps
+        )
         return missing
 
     def _check_the_history(self) -> None:

@@ -266,7 +266,9 @@ class HFCausalLM(Task):
         generation = self._config_file.parent / "generation_config.json"
         if generation.is_file():
             files["generation_config.json"] = generation.read_bytes()
-        return files | (self.tokenizer.files(self.settings.context) if self.tokenizer else {})
+        longest = config.get("max_position_embeddings")
+        longest = longest if isinstance(longest, int) else self.settings.context
+        return files | (self.tokenizer.files(longest) if self.tokenizer else {})
 
 
 def _line(error: Exception) -> str:

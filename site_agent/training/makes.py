@@ -330,6 +330,10 @@ def _named(name: str) -> list[torch.device]:
     if match is None or not makes:
         raise ConfigError(f'[devices] device: "{name}" is no device{_meant(name)}; {_would_do()}')
     if makes == [CPU]:
+        if int(match[2] or 0) > 0:
+            raise ConfigError(
+                f'[devices] device: "{name}" is no device: a CPU is "cpu", and may be listed several times'
+            )
         return [torch.device("cpu")]
     here = [device for make in makes for device in _here(make)]
     chosen = [device for device in here if match[2] is None or device.index == int(match[2])]
@@ -342,7 +346,7 @@ def _meant(name: str) -> str:
     """A hint for who wrote a make's name, or nearly a device's."""
     types = {make.name: make.device for make in ACCELERATORS} | {make.device: make.device for make in ACCELERATORS}
     near = difflib.get_close_matches(name.lower().partition(":")[0], [*types, "cpu"], n=1, cutoff=0.7)
-    return f'; did you mean "{types.get(near[0], near[0])}"?' if near else ""
+    return f'; did you mean "{types.get(near[0], near[0])}"?' if near else f", as {_types()} are"
 
 
 def _would_do() -> str:

@@ -80,7 +80,7 @@ def test_a_site_of_one_device_reads_well(tmp_path: Path, capsys: pytest.CaptureF
             r"devices     \S.* \(cpu; fp32; throttled to 50% of full speed\)",
             r"            \[devices\] recompute",
             r"coordinator http://127\.0\.0\.1:\d+, round trip \S+ ms, download \S+ MB/s",
-            r"token       good for site eu in run checked\.\w+",
+            r"token       none is set, and none asked for, for site eu in run checked\.\w+",
             r"layout      fits: [\d,]+ parameters in 2 fragments",
             r"memory      at least \S+ MB on each device without activations \(weights .*\); \S+ GB were free",
             r"speed       \S+ s an inner step of 8 sequences \(\S+ sequences/s\), "
@@ -132,9 +132,9 @@ def test_several_groups_are_told_with_both_numbers_and_the_reason(said: Said) ->
     check_module._groups(said, crew, config(), found("average"), "learners", '[devices] mixed = "learners"')
     assert said.lines == [
         ("groups", "one learner, gradients are averaged (as measured here)"),
-        ("", "averaged 17 sequences/s, apart 18: they keep 94%"),
+        ("", "averaged 17 sequences/s, apart 18 with an optimizer step each: they keep 94%"),
         ("groups", 'a learner each: eu~h20, eu~a100 ([devices] mixed = "learners")'),
-        ("", "averaged 17 sequences/s, apart 18: they keep 94%"),
+        ("", "averaged 17 sequences/s, apart 18 with an optimizer step each: they keep 94%"),
         ("", '[devices] mixed = "average" would serve better, by what was measured here'),
     ]
 

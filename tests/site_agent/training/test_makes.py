@@ -312,6 +312,9 @@ def test_without_an_accelerator_a_site_is_one_process_on_the_cpu(monkeypatch: py
     assert devices_of("") == [devices.choose_device("")] == [torch.device("cpu")]
 
 
+TYPES = '"cuda", "npu", "mlu", "musa", "xpu", "mps", "cpu"'
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -323,8 +326,9 @@ def test_without_an_accelerator_a_site_is_one_process_on_the_cpu(monkeypatch: py
         ("rocm", '"rocm" is no device; did you mean "cuda"?; found: "cuda:0", "cuda:1", "cpu"'),
         ("ascend:1", '"ascend:1" is no device; did you mean "npu"?; found: "cuda:0", "cuda:1", "cpu"'),
         ("cuda:-1", '"cuda:-1" is no device; did you mean "cuda"?; found: "cuda:0", "cuda:1", "cpu"'),
-        ("gpu", '"gpu" is no device; found: "cuda:0", "cuda:1", "cpu"'),
-        (["cpu", ""], '"" is no device; found: "cuda:0", "cuda:1", "cpu"'),
+        ("gpu", f'"gpu" is no device, as {TYPES} are; found: "cuda:0", "cuda:1", "cpu"'),
+        (["cpu", ""], f'"" is no device, as {TYPES} are; found: "cuda:0", "cuda:1", "cpu"'),
+        ("cpu:7", '"cpu:7" is no device: a CPU is "cpu", and may be listed several times'),
     ],
 )
 def test_a_device_that_is_absent_is_refused_with_what_was_found(
