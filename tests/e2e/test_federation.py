@@ -114,6 +114,11 @@ def test_training_lowers_the_held_out_loss_and_reports_it(tmp_path: Path, text: 
     with live(config, tmp_path / "state") as served:
         train(*(Agent(site_config(name, served.url, tmp_path)) for name in ("a", "b")))
         losses = [loss for _, loss in served.coordinator.evaluations]
+        # Started once more, a site has a checkpoint of the end, and there is nothing to do.
+        again = Agent(site_config("a", served.url, tmp_path))
+        again.run()
+        assert again.learner is not None
+        assert again.learner.core.steps > 0
     assert losses
     assert losses[0] > 5  # close to log 256: nothing was learnt yet
     assert losses[-1] < 4
