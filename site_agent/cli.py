@@ -31,6 +31,9 @@ def _ended(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "RANK" not in os.environ:  # it is alone; and torch, which takes seconds, may not have been needed
+            function(*args, **kwargs)
+            return
         from site_agent.crew import disband, launched
 
         try:
