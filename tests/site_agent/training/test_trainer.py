@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from shared.config import InnerTable, RunConfig, RunTable, TaskTable
 from shared.errors import ConfigError
 from shared.fragments import Layout, TensorSpec, build_layout
+from site_agent.training import ensemble as ensemble_module
+from site_agent.training import trainer as trainer_module
 from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 
@@ -186,11 +188,17 @@ def test_training_runs_in_training_mode() -> None:
     assert t.trainer.task.modes == [True]
 
 
+def clocked(monkeypatch: pytest.MonkeyPatch, slept: list[float] | None = None) -> None:
+    """Each look of a trainer at the clock is a second after the one before. (Others look at the clock as well.)"""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), sleep=([] if slept is None else slept).append)
+    for module in (ensemble_module, trainer_module):
+        monkeypatch.setattr(module, "time", clock)
+
+
 def test_a_throttled_site_sleeps_until_its_share_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    ticks = itertools.count()
-    monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    clocked(monkeypatch, slept)
     trainer(throttle=0.25).step(stream(1.0), 0.5)
     assert slept == [6.0]  # a step of 2 s at a quarter of the speed takes 8 s
     trainer().step(stream(1.0), 0.5)
@@ -239,16 +247,14 @@ def test_calibration_leaves_a_fresh_optimizer(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_calibration_takes_the_steps_it_is_given_and_one_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    clocked(monkeypatch)
     t = trainer()
     assert t.calibrate(stream(1.0), 3, 1e9) == 4.0  # five readings of the clock a step: four ticks from first to last
     assert len(t.trainer.task.modes) == 4
 
 
 def test_calibration_ends_when_its_time_is_over_after_one_step_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    clocked(monkeypatch)
     t = trainer()
     t.calibrate(stream(1.0), 100, 10.0)
     assert len(t.trainer.task.modes) == 1 + 3  # 4 + 4 + 4 ≥ 10
