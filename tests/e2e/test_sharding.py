@@ -314,5 +314,5 @@ def test_a_check_names_and_tries_every_coordinator(
         with pytest.raises(ConfigError, match="is coordinator 1 of its run"):
             check(site_config("a", served[1].url, tmp_path))
     assert re.findall(r"coordinator *(\S+), round", said) == [each.url for each in served]
-    assert said.count("good for site a in run small.") == 2
+    assert said.count("none asked for, for site a in run small.") == 2
     assert "in 2 fragments" in said
