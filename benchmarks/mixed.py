@@ -11,11 +11,11 @@ the machine does meets all of them, each trains for a window of real inner steps
 
 Speeds are tokens per second, medians over the windows; `efficiency` is over the sum of the speeds that each has alone,
 `efficiency_busy` over the sum of those that they have at once. Of a step with averaging: `fast_seconds` and
-`slow_seconds` are the groups' own passes, the slow one's sleep among them; `waiting_seconds` what the fast one waits
-for the slow one, `exchange_seconds` the sum of gradients, `optimizer_seconds` the optimizer's; the rest is dealing out
-the batch, and clipping. `others_cores` is how many cores other programs kept busy: where it is not near 0, the figures
-are theirs too. Speeds are only reported; it fails where several processes do not come to what one comes to
-(`benchmarks.same`).
+`slow_seconds` are the groups' own passes and optimizer steps, the slow one's sleep among them; `waiting_seconds` what
+the fast one waits for the slow one, `exchange_seconds` the sum of gradients, `optimizer_seconds` the fast one's; the
+rest is dealing out the batch, and clipping. `others_cores` is how many cores other programs kept busy: where it is not
+near 0, the figures are theirs too. Speeds are only reported; it fails where several processes do not come to what one
+comes to (`benchmarks.same`).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _groups(say: Say, crew: Crew, config: SiteConfig, found: Survey, mode: Mode,
     way = "one learner, gradients are averaged" if mode == "average" else f"a learner each: {learners}"
     say("groups", f"{way} ({why})")
     together = f"{verdict.together:.3g} sequences/s"
-    say("", f"averaged {together}, apart {verdict.apart:.3g} with an optimizer step each: {verdict.why}")
+    say("", f"averaged {together}, apart {verdict.apart:.3g}: {verdict.why}")
     if verdict.mode != mode:
         say("", f'[devices] mixed = "{verdict.mode}" would serve better, by what was measured here')
 

@@ -39,7 +39,7 @@ from site_agent.training.forms import Computing, Parallel
 from site_agent.training.makes import CPU, GLOO, Found, backend, devices_of, look_at
 from site_agent.training.optimizers import build_optimizer
 from site_agent.training.seats import take_seat
-from site_agent.training.team import ALONE, Order, Team
+from site_agent.training.team import ALONE, Order, Team, first_sentence
 from site_agent.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -167,9 +167,7 @@ def _join() -> Team:
         try:
             dist.init_process_group(GLOO, timeout=PATIENCE)
         except (RuntimeError, ValueError, dist.DistError) as error:
-            raise LostError(
-                f"the processes of this site do not find each other: {first_sentence(str(error))}"
-            ) from None
+            raise LostError(f"the processes of this site do not find each other: {first_sentence(error)}") from None
     # Without its launcher nobody starts it again: the head leaves, and the others go with it.
     signal_when_parent_ends(signal.SIGTERM)
     if int(os.environ["RANK"]):
@@ -195,12 +193,7 @@ def in_words(team: Team) -> Iterator[None]:
         said = str(error)
         if team.alone or not (isinstance(error, dist.DistError) or _CONNECTION.search(said)):
             raise
-        raise LostError(f"a process of this site is lost: {first_sentence(said)}") from None
-
-
-def first_sentence(said: str) -> str:
-    """Of what Gloo says, without where in its source it stands."""
-    return re.sub(r"^\[[^\]]*\] ", "", next(iter(said.splitlines()), "")).split(". ")[0]
+        raise LostError(f"a process of this site is lost: {first_sentence(error)}") from None
 
 
 def disband() -> None:

@@ -78,8 +78,7 @@ class Ensemble:
         stated = [[_stated(one, cut(batch, one.start, one.stop)) for one in mine] for mine in plan]
         if not self.team.alone:
             packed = [b"" if rank == 0 else pack(parts) for rank, parts in enumerate(stated)]
-            self.team.tell({"do": do, **more})
-            self.team.give(packed)
+            self.team.deal_out({"do": do, **more}, packed)
         return [_work(each) for each in stated[0]]
 
     def plan(self, sequences: int) -> list[list[Pass]]:
@@ -237,13 +236,13 @@ def serve(trainer: Trainer) -> Order:
         order = team.hear()
         match order["do"]:
             case "step":
-                trainer.step(_given(team), order["lr"])
+                trainer.step(_given(team, order), order["lr"])
             case "forward":
-                trainer.forward(_given(team))
+                trainer.forward(_given(team, order))
             case do if do in PER_FRAGMENT:
                 _one_fragment(trainer, do, order["fragment"], [None] * order["vectors"], order["more"])
             case "fits":
-                _all_fit(trainer, _given(team))
+                _all_fit(trainer, _given(team, order))
             case "reset" | "state" | "set_aside" | "take_back" | "time_exchange" as do:
                 getattr(trainer, do)()
             case "seed":
@@ -310,9 +309,9 @@ def _stated(one: Pass, part: Batch) -> list[Any]:
     return [part, one.stop - one.start, one.weighs]
 
 
-def _given(team: Team) -> list[Work]:
+def _given(team: Team, order: Order) -> list[Work]:
     """The passes that the head gives to this rank."""
-    return [_work(each) for each in unpack(team.give(None))]
+    return [_work(each) for each in unpack(team.take(order))]
 
 
 def _work(stated: Sequence[Any]) -> Work:

@@ -39,6 +39,8 @@ class Team:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        self._posted: list[tuple[dist.Work | None, Tensor]] = []
+        """What was said and may not have been taken yet, and the memory that it is in."""
 
     @property
     def alone(self) -> bool:
@@ -52,8 +54,8 @@ class Team:
 
     def tell(self, order: Mapping[str, Any]) -> None:
         """The head: says what is to be done. Others `hear`."""
-        if not self.alone:
-            self._broadcast(np.frombuffer(msgpack.packb(dict(order)), np.uint8))
+        self.deal_out(order, ())
+        self._settle()
 
     def hear(self) -> Order:
         """Waits for the head's next order."""
@@ -76,16 +78,38 @@ class Team:
                 dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    def give(self, parts: Sequence[bytes] | None) -> bytes:
-        """To each rank its part of what the head has (None at the others)."""
+    def deal_out(self, order: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+        """The head: says what is to be done and gives each rank its part for it, which others `hear` and `take`. Nobody
+        is waited for until the head has the next thing to say: a slow rank may still be at the work before."""
         if self.alone:
-            return parts[0] if parts else b""
+            return
+        self._settle()
+        told = {**order, "bytes": [len(part) for part in parts]} if parts else order
+        body = _tensor(np.frombuffer(msgpack.packb(dict(told)), np.uint8))
+        size = torch.tensor([len(body)])
         with self._together():
-            if parts is None:
-                return bytes(self._receive(0))
-            for rank in range(1, self.size):
-                self._send(np.frombuffer(parts[rank], np.uint8), rank)
-            return parts[0]
+            for said in (size, body):
+                self._posted.append((dist.broadcast(said, group=self.group, group_src=0, async_op=True), said))
+            for rank, part in enumerate(parts):
+                if rank and part:
+                    mine = _tensor(np.frombuffer(part, np.uint8))
+                    self._posted.append((dist.isend(mine, group=self.group, group_dst=rank), mine))
+
+    def take(self, order: Order) -> bytes:
+        """This rank's part for an order that it has heard."""
+        body = torch.empty(order["bytes"][self.rank], dtype=torch.uint8)
+        if len(body):
+            with self._together():
+                dist.recv(body, group=self.group, group_src=0)
+        return bytes(body.numpy())
+
+    def _settle(self) -> None:
+        """Waits until what was said is taken."""
+        posted, self._posted = self._posted, []
+        with self._together():
+            for work, _ in posted:
+                if work is not None:
+                    work.wait()
 
     def deal(self, whole: F32 | None, bounds: Sequence[tuple[int, int]]) -> F32:
         """To each rank its elements of the head's vector (None at the others), fp32 on the CPU."""
@@ -95,6 +119,7 @@ class Team:
                 return np.empty(0, np.float32)
             with self._together():
                 return self._receive(0).view(np.float32)
+        self._settle()
         with self._together():
             for rank in range(1, self.size):
                 start, stop = bounds[rank]
@@ -181,8 +206,7 @@ class Team:
     def _send(self, data: np.ndarray[Any, Any], rank: int) -> None:
         dist.send(torch.tensor([len(data)]), group=self.group, group_dst=rank)
         if len(data):
-            # (Sending only reads; a view of what may not be written is no tensor.)
-            dist.send(torch.from_numpy(data if data.flags.writeable else data.copy()), group=self.group, group_dst=rank)
+            dist.send(_tensor(data), group=self.group, group_dst=rank)
 
     def _receive(self, rank: int) -> np.ndarray[Any, Any]:
         size = torch.tensor([0])
@@ -198,14 +222,19 @@ class Team:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            raise LostError(f"a process of this site is lost: {_reason(error)}") from None
+            raise LostError(f"a process of this site is lost: {first_sentence(error)}") from None
 
 
 ALONE = Team()
 
 
-def _reason(error: Exception) -> str:
-    """Gloo's first sentence, without where in its source it stands."""
+def _tensor(data: np.ndarray[Any, Any]) -> Tensor:
+    """The same memory, where it may be written to: a tensor of other memory is none."""
+    return torch.from_numpy(data if data.flags.writeable else data.copy())
+
+
+def first_sentence(error: Exception) -> str:
+    """Of what Gloo says, without where in its source it stands."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
     return re.sub(r"^\[[^\]]*\] ", "", first).split(". ")[0]
 

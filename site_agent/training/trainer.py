@@ -48,7 +48,7 @@ class Work:
 @dataclass(frozen=True)
 class Stepped:
     """What became of a step of the whole site: the mean loss over its tokens, and the seconds that each device group
-    took for its passes."""
+    took for its passes and the optimizer step before them."""
 
     loss: float
     tokens: int
@@ -88,6 +88,7 @@ class Trainer(Replica):
         self._throttle = throttle
         self._compute: deque[float] = deque(maxlen=32)
         self._optimizing: deque[float] = deque(maxlen=32)
+        self._optimizing_seconds = 0.0
         self._aside: list[Tensor] = []
 
     # -- steps
@@ -107,8 +108,10 @@ class Trainer(Replica):
             # What others wait for is what a group takes for its passes, and nothing that it waits for itself.
             self._synchronize()
             self._slow_down(self._compute, time.perf_counter() - began, sequences)
-        said = self.team.everyone(sum(counts), time.perf_counter() - began)
-        tokens = round(sum(count for count, _ in said))
+        # A group's optimizer step counts with its passes: others are not waited for between them.
+        took = time.perf_counter() - began + self._optimizing_seconds
+        said = self.team.everyone(sum(counts), _total(losses, counts), took)
+        tokens = round(sum(count for count, _, _ in said))
         factor = self.form.divisor / self.scale.value
         if exchange is not None:
             exchange.sum(self._trained, factor)
@@ -117,11 +120,11 @@ class Trainer(Replica):
         self._optimize(factor / max(1, tokens), any_tokens=tokens > 0)
         if exchange is not None:
             self._slow_down(self._optimizing, time.perf_counter() - optimizing, 1)
-        total = sum(part for (part,) in self.team.everyone(_total(losses, counts)))
-        if exchange is None:
+            self._optimizing_seconds = time.perf_counter() - optimizing
+        else:
             self._slow_down(self._compute, time.perf_counter() - began, sequences)
-        took = (max(said[rank][1] for rank in group.ranks) for group in self.seat.groups)
-        return Stepped(total / max(1, tokens), tokens, tuple(took))
+        seconds = tuple(max(said[rank][2] for rank in group.ranks) for group in self.seat.groups)
+        return Stepped(sum(loss for _, loss, _ in said) / max(1, tokens), tokens, seconds)
 
     def _backward(self, passes: Sequence[Work]) -> tuple[list[Tensor], list[int]]:
         losses, counts = [], []

@@ -132,9 +132,9 @@ def test_several_groups_are_told_with_both_numbers_and_the_reason(said: Said) ->
     check_module._groups(said, crew, config(), found("average"), "learners", '[devices] mixed = "learners"')
     assert said.lines == [
         ("groups", "one learner, gradients are averaged (as measured here)"),
-        ("", "averaged 17 sequences/s, apart 18 with an optimizer step each: they keep 94%"),
+        ("", "averaged 17 sequences/s, apart 18: they keep 94%"),
         ("groups", 'a learner each: eu~h20, eu~a100 ([devices] mixed = "learners")'),
-        ("", "averaged 17 sequences/s, apart 18 with an optimizer step each: they keep 94%"),
+        ("", "averaged 17 sequences/s, apart 18: they keep 94%"),
         ("", '[devices] mixed = "average" would serve better, by what was measured here'),
     ]
 
