@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shared.names import site_of
+
 Reason = Literal["complete", "quorum", "deadline"]
 Weighting = Literal["uniform", "tokens", "tokens2-per-step"]
 
@@ -108,7 +110,8 @@ class OpenRound:
         self.arrived.setdefault(contribution.site, now)
         if self.opened_at is None:
             self.opened_at = now
-        if self.quorum_at is None and policy.quorum is not None and len(self.sites) >= policy.quorum:
+        # Learners of one site are one: nobody is to be a quorum by himself.
+        if self.quorum_at is None and policy.quorum is not None and len(set(map(site_of, self.sites))) >= policy.quorum:
             self.quorum_at = now
 
     def ordered(self) -> list[Contribution]:

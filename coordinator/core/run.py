@@ -17,6 +17,7 @@ from coordinator.core.membership import Member, Membership, Report
 from coordinator.core.pacing import FASTEST, Pacer
 from coordinator.core.rounds import Contribution, Expected, OpenRound, Policy, Reason, Tempo
 from coordinator.core.voices import middle
+from shared.names import site_of
 from shared.protocol import Code
 
 STALLED_CYCLES = 3.0
@@ -406,7 +407,8 @@ class RunCore:
                 return None
 
     def _start_if_ready(self, now: float) -> list[Decision]:
-        if self.started or len(self.members.in_state("ready")) < self.plan.min_sites:
+        sites = {site_of(member.site) for member in self.members.in_state("ready")}
+        if self.started or len(sites) < self.plan.min_sites:
             return []
         self.started = True
         ready = self.members.in_state("ready")

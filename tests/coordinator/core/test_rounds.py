@@ -144,6 +144,13 @@ def test_two_contributions_of_one_site_are_no_quorum_of_two() -> None:
     assert reason_to_close(round_, ["a"], {}, TWO, 1e6) is None
 
 
+def test_learners_of_one_site_are_no_quorum_of_two() -> None:
+    round_ = collected(TWO, ("eu~fast", 0.0), ("eu~slow", 1.0))
+    assert round_.quorum_at is None
+    round_.add(contribution("us"), TWO, 2.0)
+    assert round_.quorum_at == 2.0
+
+
 # ---- the measured grace window
 
 MEASURED = replace(TWO, grace_seconds=None)

@@ -76,6 +76,17 @@ def test_training_starts_once_enough_sites_are_ready() -> None:
     assert core.started
 
 
+def test_learners_of_one_site_count_once_for_the_start() -> None:
+    core = RunCore(replace(PLAN, min_sites=2))
+    for name in ("eu~fast", "eu~slow", "us"):
+        core.join(name, name, 0.0)
+    for name in ("eu~fast", "eu~slow"):
+        core.heartbeat(name, name, READY, 1.0)
+        assert not core.started
+    decisions = core.heartbeat("us", "us", READY, 2.0)
+    assert decisions[-1] == StartRun(("eu~fast", "eu~slow", "us"))
+
+
 def test_sites_that_still_prepare_do_not_count_for_the_start() -> None:
     core = RunCore(replace(PLAN, min_sites=2))
     for site in ("a", "b", "c"):
