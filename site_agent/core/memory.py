@@ -37,12 +37,6 @@ class Needed:
         parts = ", ".join(f"{part} {size / unit:.1f}" for part, size in self._parts() if size)
         return f"at least {self.total / unit:.1f} {name} on each device without activations ({parts})"
 
-    def table(self) -> str:
-        """A line for each part, and the sum."""
-        unit, name = _unit(self.total)
-        rows = [*self._parts(), ("without activations", self.total)]
-        return "\n".join(f"{part:<20} {size / unit:>8.1f} {name}" for part, size in rows)
-
     def shortage(self, device: str, free: int) -> str | None:
         """What is wrong and what to do, where `device` has `free` bytes left and that is too little; else None."""
         if self.total <= free:
