@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from shared.task import BatchStream, Manifest, Shard, Task
 from site_agent.tasks.corpus import BYTES, read_bytes
 from site_agent.tasks.llama import INIT_STD, NORM_EPS, ROPE_THETA, Llama, Shape
 from site_agent.tasks.options import Partition, validated
 from site_agent.tasks.sampling import continued, continued_text
-from site_agent.tasks.text import Text, WindowStream, cut
+from site_agent.tasks.text import Text, cut
 from site_agent.tasks.token_files import read_tokens
 from site_agent.tasks.token_loss import token_loss
 from site_agent.tasks.tokenizer import Tokenizer, load_tokenizer
+from site_agent.tasks.windowed import WindowTask
 
 
 class ByteLMOptions(BaseModel):
@@ -73,7 +73,7 @@ class ByteLMOptions(BaseModel):
         return self.hidden or math.ceil(8 * self.width / 3 / 32) * 32
 
 
-class ByteLM(Task):
+class ByteLM(WindowTask[ByteLMOptions]):
     """Next-byte or next-token prediction on text files. Batches are (B, T+1) int64, T the context."""
 
     path_options = ("paths", "tokenizer")
@@ -99,35 +99,11 @@ class ByteLM(Task):
             Shape(self.vocabulary, s.width, s.layers, s.heads, s.mlp_width(), s.context, tied=s.tie_embeddings)
         )
 
-    def train_batches(self, shard: Shard, batch_size: int) -> BatchStream:
-        """(B, T+1) int64 batches of this shard's training windows. Raises ConfigError without enough text."""
-        parts = self._text.training_parts(shard, self.settings.partition)
-        return WindowStream(self._text, parts, shard, batch_size)
-
-    def manifest(self) -> Manifest | None:
-        """The training windows by blocks, with `partition = "leased"`."""
-        return self._text.manifest() if self.settings.partition == "leased" else None
-
-    def leased_batch(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, T+1) int64."""
-        return self._text.pick(sequences)
-
-    def eval_batches(self, batch_size: int) -> Iterable[Tensor]:
-        """Up to `eval_batches` batches (B, T+1) int64, the last one perhaps smaller, evenly over the held-out text.
-
-        The same at every site that has the same text; with `partition = "local"`, of the site's own text.
-        """
-        return self._text.held_out_batches(batch_size, self.settings.eval_batches)
-
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross entropy in nats per byte or token, and the B·T of them that it counts."""
         batch = batch.to(next(model.parameters()).device, non_blocking=True)
         targets = batch[:, 1:]  # (B, T)
         return token_loss(model(batch[:, :-1]), targets), targets.numel()
-
-    def sequence_tokens(self) -> int:
-        """T: every byte or token of a window is a target."""
-        return self.settings.context
 
     def fingerprint(self) -> Mapping[str, str]:
         """The tokenizer's."""
@@ -170,7 +146,7 @@ class ByteLM(Task):
         return files | (tokenizer.minimal_files(s.context) if tokenizer else {})
 
     @cached_property
-    def _text(self) -> Text:
+    def text(self) -> Text:
         s = self.settings
         corpus = read_tokens(s.paths, self.tokenizer, self.vocabulary) if self.tokenizer else read_bytes(s.paths)
         return cut(corpus, s.context, s.block_bytes, s.held_out)

@@ -10,7 +10,7 @@ The data are files of text, JSONL or Parquet, tokenised once (`token_files.py`),
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.task import BatchStream, Manifest, Shard, Task
 from site_agent.tasks.options import Partition, library, validated
 from site_agent.tasks.sampling import continued_text
-from site_agent.tasks.text import Text, WindowStream, cut
+from site_agent.tasks.text import Text, cut
 from site_agent.tasks.token_files import read_tokens
 from site_agent.tasks.token_loss import token_loss
 from site_agent.tasks.tokenizer import Tokenizer, load_tokenizer
+from site_agent.tasks.windowed import WindowTask
 
 NOT_THE_FUNCTION = (
     "_name_or_path",
@@ -73,7 +73,7 @@ class HFCausalLMOptions(BaseModel):
         return self
 
 
-class HFCausalLM(Task):
+class HFCausalLM(WindowTask[HFCausalLMOptions]):
     """Next-token prediction. Batches are (B, T+1) int64, T the context."""
 
     path_options = ("paths", "model", "tokenizer", "cache")
@@ -155,10 +155,6 @@ class HFCausalLM(Task):
             loss = loss + getattr(self._config, "router_aux_loss_coef", 0.0) * auxiliary.to(loss.device)
         return loss, targets.numel()
 
-    def sequence_tokens(self) -> int:
-        """T: every token of a window is a target."""
-        return self.settings.context
-
     def fingerprint(self) -> Mapping[str, str]:
         """What config.json says of the function, and the tokenizer's where there is one."""
         said = {key: value for key, value in self._config_json.items() if key not in NOT_THE_FUNCTION}
@@ -211,25 +207,8 @@ class HFCausalLM(Task):
 
     # ---- the data
 
-    def train_batches(self, shard: Shard, batch_size: int) -> BatchStream:
-        """(B, T+1) int64 batches of this shard's training windows. Raises ConfigError without enough data."""
-        parts = self._text.training_parts(shard, self.settings.partition)
-        return WindowStream(self._text, parts, shard, batch_size)
-
-    def manifest(self) -> Manifest | None:
-        """The training windows by blocks, with `partition = "leased"`."""
-        return self._text.manifest() if self.settings.partition == "leased" else None
-
-    def leased_batch(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, T+1) int64."""
-        return self._text.pick(sequences)
-
-    def eval_batches(self, batch_size: int) -> Iterable[Tensor]:
-        """Up to `eval_batches` batches (B, T+1) int64, the last one perhaps smaller, evenly over the held-out data."""
-        return self._text.held_out_batches(batch_size, self.settings.eval_batches)
-
     @cached_property
-    def _text(self) -> Text:
+    def text(self) -> Text:
         s = self.settings
         corpus = read_tokens(
             s.paths,

@@ -277,7 +277,7 @@ def test_options_reach_the_text(tmp_path: Path) -> None:
     t = task(paths=str(tmp_path / "a.txt"), block_bytes=50, held_out=0.25, eval_batches=3, context=24)
     assert next(t.train_batches(Shard(1, 2), 5)).shape == (5, 25)
     assert [tuple(batch.shape) for batch in t.eval_batches(7)] == [(7, 25)] * 3
-    assert len(t._text.held_out.starts) == 32
+    assert len(t.text.held_out.starts) == 32
     with pytest.raises(ConfigError, match="too few for 100 shards"):
         t.train_batches(Shard(0, 100), 4)
     local = task(paths=str(tmp_path / "a.txt"), partition="local", block_bytes=50)
