@@ -29,8 +29,9 @@ from site_agent.asking import credentials_of
 from site_agent.branch import LEAVE_SECONDS
 from site_agent.checkpoint import oldest_lease
 from site_agent.courier import CourierThread
-from site_agent.crew import Crew, apart, enlist, follow, in_words, settled
+from site_agent.crew import Crew, enlist, follow, in_words
 from site_agent.evaluation import Evaluator, TogetherEvaluator
+from site_agent.groups import apart, settled
 from site_agent.learner import Evaluates, Hear, Learner, Place, Stopped, Train
 from site_agent.link import Link
 from site_agent.metrics import Metrics

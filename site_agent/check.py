@@ -19,7 +19,8 @@ from shared.task import shortened
 from shared.wire import container_bound
 from site_agent.asking import Asked, ask_all, whole_layout
 from site_agent.core.mixture import Mode
-from site_agent.crew import Crew, enlist, follow, free, holding, in_words, needed, stated
+from site_agent.crew import Crew, enlist, follow, free, holding, in_words, needed
+from site_agent.groups import stated
 from site_agent.survey import Survey, preview_stream, recruit, survey
 from site_agent.training.makes import devices_of, environment, make_of
 

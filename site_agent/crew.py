@@ -2,24 +2,21 @@
 
 A site of one device is one process. Several are started by torch's launcher (`site_agent.launch`, or `torchrun` by
 hand, Slurm or Kubernetes), one for each device, on one machine or on several. What each says of its device makes the
-device groups; whether several groups train one model or one each is decided once, by what they were measured to do
-(`site_agent.core.mixture`), and kept: a learner's name and state go by it.
+device groups; what becomes of several of them is `site_agent.groups`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +24,11 @@ import torch.distributed as dist
 
 from shared.config import DevicesTable, RunConfig, SiteConfig, received_run
 from shared.errors import ConfigError, FaultError, LostError
-from shared.files import DISK
 from shared.fragments import Layout, TensorSpec
 from shared.program import signal_when_parent_ends
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
 from site_agent.core.memory import Needed, memory_needed
-from site_agent.core.mixture import Group, Mode, Rank, groups_of
+from site_agent.core.mixture import Group, Rank, groups_of
 from site_agent.training import drivers
 from site_agent.training.ensemble import serve
 from site_agent.training.forms import Computing, Parallel
@@ -47,7 +43,6 @@ log = logging.getLogger(__name__)
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another that is alive (one that dies is noticed at once). The head ticks while it waits."""
 _CONNECTION = re.compile(r"/gloo/|Connection (closed|reset|refused)|Broken pipe|[A-Z]CCL (communicator|error)")
-DECISION = "mixed.json"
 """In the site's state: what was decided of several groups. Without it, it is decided anew."""
 
 
@@ -307,82 +302,3 @@ def follow(crew: Crew, config: SiteConfig) -> Order:
                 gc.collect()  # a model and its layers know each other
             if order["do"] != "tick":
                 return order
-
-
-# -- several groups
-
-
-def settled(crew: Crew, config: SiteConfig, measure: Callable[[], Mapping[str, Any]]) -> Mode:
-    """Whether the groups of this site average their gradients or are learners of their own. What the config does not
-    say is decided by the head, by what it can `measure` ({"mode": …}) or has decided before. Collective."""
-    if not crew.team.head:
-        mode: Mode = follow(crew, config)["mode"]
-        return mode
-    if (known := stated(crew, config)) is not None:
-        mode, why = known
-    else:
-        decision = dict(measure())
-        gc.collect()  # the model that was measured, before the next is made
-        mode, why = decision["mode"], decision.get("why", "")
-        told = {**decision, "groups": [group.name for group in crew.groups]}
-        _keep(_decision_file(config), json.dumps(told, indent=1) + "\n")
-    if len(crew.groups) > 1:
-        way = "one learner" if mode == "average" else "a learner for each group"
-        log.info("%s: %s (%s)", crew.describe(), way, why)
-    crew.team.tell({"do": "mode", "mode": mode})
-    return mode
-
-
-def _keep(file: Path, text: str) -> None:
-    def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    DISK.put(file, write)
-
-
-def stated(crew: Crew, config: SiteConfig) -> tuple[Mode, str] | None:
-    """The same as far as it is known without measuring, and who says so; for the head."""
-    if len(crew.groups) == 1:
-        return "average", "the devices are alike"
-    if config.devices.mixed != "auto":
-        return config.devices.mixed, f'[devices] mixed = "{config.devices.mixed}"'
-    file = _decision_file(config)
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before["groups"] == [group.name for group in crew.groups] and before["mode"] in ("average", "learners"):
-            return before["mode"], f"as was decided before, in {file}"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _decision_file(config: SiteConfig) -> Path:
-    return config.path(config.site.state) / DECISION
-
-
-def apart(crew: Crew, config: SiteConfig) -> tuple[Crew, SiteConfig]:
-    """The crew of this rank's group alone, and its config: a learner with a name, a state and a port of its own."""
-    group = crew.groups[crew.mine]
-    team = Team(_subgroup(crew.team, group.ranks)) if len(group.ranks) > 1 else ALONE
-    learner = Crew(
-        team,
-        crew.found,
-        crew.how,
-        tuple(crew.ranks[rank] for rank in group.ranks),
-        (Group(group.name, tuple(range(len(group.ranks)))),),
-        tuple(crew.names[rank] for rank in group.ranks),
-        tuple(crew.throttles[rank] for rank in group.ranks),
-    )
-    site, port = config.site, config.metrics.port
-    named = site.model_copy(update={"name": f"{site.name}~{group.name}", "state": str(Path(site.state) / group.name)})
-    metrics = config.metrics.model_copy(update={"port": port + crew.mine if port else 0})
-    return learner, config.model_copy(update={"site": named, "metrics": metrics})
-
-
-def _subgroup(team: Team, ranks: Sequence[int]) -> dist.ProcessGroup:
-    assert team.group is not None
-    members = [dist.get_global_rank(team.group, rank) for rank in ranks]
-    made = dist.new_group(members, backend=GLOO, timeout=PATIENCE, use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return made

@@ -104,7 +104,7 @@ def preview_stream(crew: Crew, preview: Preview, run: RunConfig, task: Any) -> B
 
 
 def decision(crew: Crew, config: SiteConfig) -> dict[str, Any]:
-    """What to do with several groups, by what they are measured to do with the run; see `crew.settled`."""
+    """What to do with several groups, by what they are measured to do with the run; see `groups.settled`."""
     with crew.team.waiting():
         asked = asyncio.run(ask_all(config))
     preview, layout = asked[0].preview, whole_layout(asked)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from site_agent.training.forms import assign, whole
+from site_agent.training.forms import assign, gathered
 
 PIECE_BYTES = 1 << 25
 
@@ -73,7 +73,7 @@ class Exchange:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-    return whole(parameter.grad)
+    return gathered(parameter.grad)
 
 
 def _pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

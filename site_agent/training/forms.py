@@ -186,7 +186,7 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """All of a parameter, or of its gradient; where it is sharded a collective of the group."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

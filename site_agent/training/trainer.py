@@ -24,7 +24,7 @@ from shared.fragments import F32, Layout, TensorSpec
 from shared.task import Batch
 from site_agent.core.memory import ALIGNING
 from site_agent.training.batches import to_device
-from site_agent.training.forms import Computing, Form, Parallel, Replicated, Sharded, assign, whole
+from site_agent.training.forms import Computing, Form, Parallel, Replicated, Sharded, assign, gathered
 from site_agent.training.gradients import clip
 from site_agent.training.loss_scale import LossScale
 from site_agent.training.optimizer_state import pack_optimizer, restore_optimizer
@@ -231,7 +231,7 @@ class Trainer(Replica):
             for name, (start, stop) in self.layout.fragments[fragment].offsets.items():
                 low, high = max(start, part.start), min(stop, part.stop)
                 if low < high or self.form.sharded:
-                    full = whole(self.parameters[name].detach())
+                    full = gathered(self.parameters[name].detach())
                     if low < high:
                         pieces.append(full.reshape(-1)[low - start : high - start].to(torch.float32))
         return torch.cat(pieces) if pieces else torch.empty(0, device=self.device)
@@ -270,7 +270,7 @@ class Trainer(Replica):
         wanted = self.team.head
         if self.seat.first:
             for name, parameter in self.parameters.items():
-                full = whole(parameter.detach())
+                full = gathered(parameter.detach())
                 if wanted:
                     tensors[f"model.{name}"] = full.to("cpu", copy=True)
             of_optimizer, plain = pack_optimizer(self.optimizer, wanted)

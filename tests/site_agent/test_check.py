@@ -25,11 +25,11 @@ from site_agent.survey import Survey
 from site_agent.training.forms import Computing
 from site_agent.training.makes import CUDA, Found, look_at
 from site_agent.training.team import ALONE
-from tests.support.byte_sites import layout_of, run_of
 from tests.support.live import live, run_config, site_config
+from tests.support.sites import layout_of, lm_site
 
-RUN = run_of()
-LAYOUT = layout_of(RUN)
+SITE = lm_site()
+RUN, LAYOUT = SITE.run, layout_of(SITE)
 SMALL = {"context": 16, "width": 32, "layers": 1, "heads": 2}
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from shared.config import SiteConfig, parse
+from shared.config import SiteConfig
 from shared.errors import ConfigError, FaultError, LostError
 from shared.fragments import Layout
 from site_agent import crew as crew_module
-from site_agent.core.mixture import Group, Rank
 from site_agent.crew import (
     Crew,
-    apart,
     enlist,
     follow,
     free,
@@ -29,16 +24,13 @@ from site_agent.crew import (
     launched,
     needed,
     prepare,
-    settled,
-    stated,
 )
-from site_agent.training.forms import Computing
-from site_agent.training.makes import CPU, CUDA, Found, look_at
+from site_agent.training.makes import CPU, Found, look_at
 from site_agent.training.team import ALONE
-from tests.support.byte_sites import TASK, layout_of, run_of
+from tests.support.crews import MIXED, a_crew, accelerator, config
 from tests.support.ranks import run_ranks
+from tests.support.sites import LM, layout_of, lm_site
 
-MIXED = {"device": ["cpu", "cpu", "cpu"], "group": ["fast", "slow", "fast"], "throttle": [1.0, 0.25, 0.5]}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -46,24 +38,6 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
-
-
-def config(state: Path | str = "state", **devices: Any) -> SiteConfig:
-    site = {"name": "eu", "coordinator": "http://127.0.0.1:1", "state": str(state)}
-    return parse(SiteConfig, {"site": site, "devices": {"device": "cpu", **devices}}, "site.toml")
-
-
-def accelerator(free: int | None = None, *, bf16: bool = True) -> Found:
-    return Found(CUDA, torch.device("cuda", 0), "NVIDIA H20", None, free, bf16, True)
-
-
-def a_crew(groups: Mapping[str, int], free: int = 0) -> Crew:
-    """The head of groups of so many accelerators each, on one machine."""
-    names = [name for name, count in groups.items() for _ in range(count)]
-    ranks = tuple(Rank("here", "cuda", f"NVIDIA {name}", free, "bf16") for name in names)
-    members = [Group(name, tuple(r for r, each in enumerate(names) if each == name)) for name in groups]
-    places = tuple(f"cuda:{n}" for n in range(len(names)))
-    return Crew(ALONE, accelerator(), Computing(), ranks, tuple(members), places, (1.0,) * len(names))
 
 
 # -- who is who
@@ -221,8 +195,8 @@ def test_a_device_whose_memory_has_run_out_says_what_to_do() -> None:
 
 # -- whether there is room
 
-RUN = run_of()
-LAYOUT = layout_of(RUN)
+SITE = lm_site()
+RUN, LAYOUT = SITE.run, layout_of(SITE)
 
 
 def total(crew: Crew, parallel: Any, group: int = 0, **more: Any) -> int:
@@ -283,7 +257,7 @@ def test_too_little_memory_is_told_before_the_model_is_built(monkeypatch: pytest
 
 
 def with_task(made: SiteConfig) -> SiteConfig:
-    return made.model_copy(update={"data": TASK})
+    return made.model_copy(update={"data": LM})
 
 
 def shares(given: list[int]) -> tuple[Any, ...]:
@@ -313,7 +287,7 @@ def test_too_little_memory_ends_all_processes_and_the_head_says_why() -> None:
 
 
 def tries_another_model(rank: int) -> tuple[str, str]:
-    mine = {**TASK, "width": 64} if int(os.environ["RANK"]) == rank else TASK
+    mine = {**LM, "width": 64} if int(os.environ["RANK"]) == rank else LM
     made = config().model_copy(update={"data": mine})
     crew = enlist(made)
     order = {"do": "prepare", "config": RUN.model_dump(mode="json"), "layout": LAYOUT.to_wire(), "fingerprint": {}}
@@ -334,78 +308,6 @@ def test_a_model_that_does_not_fit_the_run_at_another_rank_is_told_by_the_head()
     assert head[0] == "ConfigError"
     assert head[1].startswith("rank 1: ")
     assert other == ("LostError", "the head says why")
-
-
-# -- what becomes of several groups
-
-
-def never() -> Mapping[str, Any]:
-    pytest.fail("there is nothing to measure")
-
-
-def test_one_group_has_nothing_to_decide(tmp_path: Path) -> None:
-    assert settled(a_crew({"h20": 2}), config(tmp_path, mixed="learners"), never) == "average"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("mode", ["average", "learners"])
-def test_what_the_config_says_is_done_and_not_measured(tmp_path: Path, mode: str) -> None:
-    assert settled(a_crew({"a": 1, "b": 1}), config(tmp_path, mixed=mode), never) == mode
-
-
-def test_what_was_measured_once_stays_decided(tmp_path: Path) -> None:
-    crew, site = a_crew({"a": 1, "b": 1}), config(tmp_path / "new")
-    assert stated(crew, site) is None
-    assert settled(crew, site, lambda: {"mode": "learners", "why": "so"}) == "learners"
-    assert settled(crew, site, never) == "learners"
-    kept = json.loads((tmp_path / "new" / "mixed.json").read_text())
-    assert kept == {"mode": "learners", "why": "so", "groups": ["a", "b"]}
-    assert stated(crew, site) == ("learners", f"as was decided before, in {tmp_path / 'new' / 'mixed.json'}")
-
-
-def test_other_groups_are_decided_anew(tmp_path: Path) -> None:
-    site = config(tmp_path)
-    settled(a_crew({"a": 1, "b": 1}), site, lambda: {"mode": "learners"})
-    assert settled(a_crew({"a": 1, "c": 1}), site, lambda: {"mode": "average"}) == "average"
-    assert settled(a_crew({"a": 1, "c": 1}), site, never) == "average"
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [b"", b"\xff", b"[]", b"7", b'{"mode": "learners"}', b'{"groups": ["a", "b"], "mode": "both"}', b'{"groups": ["a"'],
-)
-def test_a_damaged_decision_is_made_anew(tmp_path: Path, damaged: bytes) -> None:
-    (tmp_path / "mixed.json").write_bytes(damaged)
-    crew = a_crew({"a": 1, "b": 1})
-    assert settled(crew, config(tmp_path), lambda: {"mode": "average"}) == "average"
-    assert settled(crew, config(tmp_path), never) == "average"
-
-
-def learner(state: str, devices: dict[str, Any], port: int) -> tuple[Any, ...]:
-    """What `apart` makes of this rank."""
-    site = config(state, **devices)
-    site = site.model_copy(update={"metrics": site.metrics.model_copy(update={"port": port})})
-    crew = enlist(site)
-    mode = settled(crew, site, lambda: {"mode": "learners"})
-    mine, its = apart(crew, site)
-    everyone = mine.team.everyone(float(crew.team.rank))
-    where = Path(its.site.state).relative_to(state).as_posix()
-    return mode, its.site.name, where, its.metrics.port, mine.throttles, mine.mine, everyone
-
-
-def test_groups_apart_have_a_team_a_name_a_state_and_a_port_each(tmp_path: Path) -> None:
-    fast = ("learners", "eu~fast", "fast", 9471, (1.0, 0.5), 0, [[0.0], [2.0]])
-    slow = ("learners", "eu~slow", "slow", 9472, (0.25,), 0, [[1.0]])
-    assert run_ranks(3, learner, str(tmp_path), MIXED, 9471) == [fast, slow, fast]
-
-
-def test_learners_without_metrics_have_no_port() -> None:
-    _, its = apart(a_crew({"a": 1, "b": 1}), off := config().model_copy(update={"metrics": no_metrics()}))
-    assert its.metrics.port == off.metrics.port == 0
-
-
-def no_metrics() -> Any:
-    return config().metrics.model_copy(update={"port": 0})
 
 
 def test_memory_of_a_cpu_counts_as_the_hosts() -> None:

@@ -15,10 +15,9 @@ from site_agent.contribution import Anchor
 from site_agent.evaluation import Evaluator, TogetherEvaluator
 from site_agent.training.ensemble import Ensemble
 from site_agent.training.trainer import Trainer, evaluate, load_flat
-from tests.support.byte_sites import CONTEXT, Batches, head_or_serve, run_of, trainer_of
 from tests.support.ranks import run_ranks
+from tests.support.sites import BATCH, LM, Stream, head_or_serve, lm_site, trainer_of
 
-RUN = run_of()
 LR = 1e-2
 
 
@@ -44,7 +43,12 @@ def published(trainer: Trainer) -> list[Anchor]:
 def held_out(sequences: int = 5) -> list[torch.Tensor]:
     """(No rank's share of the last one is like another's.)"""
     random = torch.Generator().manual_seed(1)
-    return [torch.randint(256, (count, CONTEXT + 1), generator=random) for count in (8, sequences)]
+    return [torch.randint(256, (count, LM["context"] + 1), generator=random) for count in (8, sequences)]
+
+
+def data() -> Stream:
+    """A batch of random bytes, always the same."""
+    return Stream([torch.randint(256, (BATCH, LM["context"] + 1), generator=torch.Generator().manual_seed(0))])
 
 
 def failing(batches: Iterable[Any]) -> Iterator[Any]:
@@ -75,7 +79,7 @@ def weights(trainer: Trainer) -> list[bytes]:
 
 def expected() -> float:
     """The loss of the published weights, by themselves."""
-    trainer = trainer_of(RUN)
+    trainer = trainer_of(lm_site())
     load_flat(trainer.model, trainer.layout, [anchor.flat for anchor in published(trainer)])
     loss = evaluate(trainer.task, trainer.model, held_out(), trainer.device)
     assert loss is not None
@@ -92,7 +96,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 def evaluated(kind: str, executor: Any) -> tuple[Reports, Trainer]:
-    trainer, courier = trainer_of(RUN), Reports()
+    trainer, courier = trainer_of(lm_site()), Reports()
     holds_out(trainer, kind)
     evaluator = Evaluator(Ensemble(trainer), courier, executor)  # type: ignore[arg-type]
     evaluator.begin(published(trainer))
@@ -103,7 +107,7 @@ def evaluated(kind: str, executor: Any) -> tuple[Reports, Trainer]:
 def test_published_weights_are_evaluated_and_those_in_training_stay(executor: ThreadPoolExecutor) -> None:
     courier, trainer = evaluated("good", executor)
     assert courier.losses == [expected()]
-    assert weights(trainer) == weights(trainer_of(RUN))
+    assert weights(trainer) == weights(trainer_of(lm_site()))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -120,7 +124,7 @@ def test_one_evaluation_is_under_way_at_a_time() -> None:
         begun.append(Future())
         return begun[-1]
 
-    trainer = trainer_of(RUN)
+    trainer = trainer_of(lm_site())
     evaluator = Evaluator(Ensemble(trainer), Reports(), SimpleNamespace(submit=submit))  # type: ignore[arg-type]
     evaluator.begin(published(trainer))
     evaluator.begin(published(trainer))
@@ -133,16 +137,17 @@ def test_one_evaluation_is_under_way_at_a_time() -> None:
 # -- several
 
 
-def evaluates_together(kind: str, groups: list[list[int]], parallel: str) -> Any:
+def evaluates_together(kind: str, groups: tuple[tuple[int, ...], ...], parallel: str) -> Any:
     """What is reported, whether the site's weights are as they were, and a step after it; at the head."""
-    trainer = trainer_of(RUN, groups, parallel)
+    site = lm_site(groups=groups, parallel=parallel, speeds=(1.0, 2.0) if len(groups) > 1 else ())
+    trainer = trainer_of(site)
     if kind == "absurd":
         holds_out(trainer, kind)
-    ensemble = head_or_serve(trainer, speeds=[1.0, 2.0] if len(groups) > 1 else ())
+    ensemble = head_or_serve(trainer, site)
     if ensemble is None:
         return None
     holds_out(trainer, kind)
-    courier, stream = Reports(), Batches()
+    courier, stream = Reports(), data()
     before = ensemble.state()[0]
     evaluator = TogetherEvaluator(ensemble, courier)  # type: ignore[arg-type]
     evaluator.begin(published(trainer))
@@ -154,8 +159,10 @@ def evaluates_together(kind: str, groups: list[list[int]], parallel: str) -> Any
     return courier.losses, courier.evaluates, same, loss
 
 
-@pytest.mark.parametrize(("groups", "parallel"), [([[0, 1]], "ddp"), ([[0, 1]], "fsdp"), ([[0], [1]], "ddp")])
-def test_all_ranks_evaluate_published_weights_and_go_on_where_they_were(groups: list[list[int]], parallel: str) -> None:
+@pytest.mark.parametrize(("groups", "parallel"), [(((0, 1),), "ddp"), (((0, 1),), "fsdp"), (((0,), (1,)), "ddp")])
+def test_all_ranks_evaluate_published_weights_and_go_on_where_they_were(
+    groups: tuple[tuple[int, ...], ...], parallel: str
+) -> None:
     losses, evaluates, same, stepped = run_ranks(2, evaluates_together, "good", groups, parallel)[0]
     assert losses == [pytest.approx(expected(), rel=1e-5)]
     assert evaluates
@@ -164,14 +171,15 @@ def test_all_ranks_evaluate_published_weights_and_go_on_where_they_were(groups: 
 
 
 def first_step() -> float:
-    ensemble = head_or_serve(trainer_of(RUN))
+    site = lm_site()
+    ensemble = head_or_serve(trainer_of(site), site)
     assert ensemble is not None
-    return ensemble.step(Batches(), LR)[0]  # type: ignore[arg-type]
+    return ensemble.step(data(), LR)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_what_cannot_be_evaluated_together_is_not_reported_and_training_goes_on(kind: str) -> None:
-    losses, evaluates, same, _ = run_ranks(2, evaluates_together, kind, [[0, 1]], "ddp")[0]
+    losses, evaluates, same, _ = run_ranks(2, evaluates_together, kind, ((0, 1),), "ddp")[0]
     assert losses == []
     assert evaluates == (kind != "none")
     assert same

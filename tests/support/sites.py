@@ -15,8 +15,9 @@ from shared.config import InnerTable, OuterTable, RoundsTable, RunConfig, RunTab
 from shared.fragments import CHUNK_ELEMENTS, F32, Layout, TensorSpec, build_layout
 from shared.task import build_model
 from site_agent.core.mixture import Group
+from site_agent.tasks.byte_lm import ByteLM
 from site_agent.training.ensemble import Ensemble, serve
-from site_agent.training.forms import Computing, Parallel, whole
+from site_agent.training.forms import Computing, Parallel, gathered
 from site_agent.training.seats import take_seat
 from site_agent.training.team import ALONE, Team
 from site_agent.training.trainer import Trainer
@@ -26,11 +27,15 @@ TABLE = CHUNK_ELEMENTS + 5000
 """A tensor of two chunks, which may be two ranks'."""
 
 
-def run_of(**tables: Any) -> RunConfig:
+LM = {"context": 16, "width": 32, "layers": 2, "heads": 2}
+"""Options of the built-in task, as small as will do."""
+
+
+def run_of(use: str = "tiny.py:Tiny", **tables: Any) -> RunConfig:
     inner = {"lr": 1e-2, "batch_size": BATCH, **tables.get("inner", {})}
     return RunConfig(
         run=RunTable(name="r", tokens=10**6),
-        task=TaskTable(use="tiny.py:Tiny"),
+        task=TaskTable(use=use),
         inner=InnerTable(**inner),
         outer=OuterTable(optimizer="sgd"),
         rounds=RoundsTable(**{"fragments": 2, **tables.get("rounds", {})}),
@@ -127,6 +132,11 @@ class Site:
     task: Any = field(default_factory=Tiny)
 
 
+def lm_site(**more: Any) -> Site:
+    """A site that trains the built-in task."""
+    return Site(run=run_of("byte-lm"), task=ByteLM(LM), **more)
+
+
 def layout_of(site: Site) -> Layout:
     model = build_model(site.task, site.run.run.seed)
     specs = [TensorSpec(name, tuple(p.shape)) for name, p in model.named_parameters()]
@@ -168,7 +178,7 @@ def begun(trainer: Trainer, site: Site) -> Ensemble | None:
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Whole, at every rank; all of its group ask for them."""
-    return {name: whole(p.detach()).clone() for name, p in trainer.parameters.items()}
+    return {name: gathered(p.detach()).clone() for name, p in trainer.parameters.items()}
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

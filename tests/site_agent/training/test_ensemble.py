@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shared.config import UploadCodec
 from shared.task import build_model
 from site_agent.core.alignment import How, Rule
-from site_agent.training.forms import whole
+from site_agent.training.forms import gathered
 from site_agent.training.trainer import Trainer, evaluate, load_flat
 from tests.support.ranks import run_ranks
 from tests.support.sites import (
@@ -141,7 +141,7 @@ def note_gradients(trainer: Trainer) -> list[Named]:
     seen, step = [], trainer.optimizer.step
 
     def noted() -> None:
-        seen.append({name: whole(p.grad).clone() for name, p in trainer.parameters.items() if p.grad is not None})
+        seen.append({name: gathered(p.grad).clone() for name, p in trainer.parameters.items() if p.grad is not None})
         step()
 
     trainer.optimizer.step = noted  # type: ignore[method-assign]

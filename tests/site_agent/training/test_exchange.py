@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from site_agent.core.mixture import Group
 from site_agent.training import exchange as module
 from site_agent.training.exchange import Exchange
-from site_agent.training.forms import whole
+from site_agent.training.forms import gathered
 from site_agent.training.seats import take_seat
 from site_agent.training.team import Team
 from tests.support.ranks import run_ranks
@@ -56,7 +56,7 @@ def summed(piece_bytes: list[int]) -> Any:
         for sharded in (False, True):
             mine = parameters(seat.mine, seat.collective if sharded else None)
             seat.exchange.sum(mine, FACTORS[seat.mine])
-            found.append([whole(p.grad) for p in mine if p.grad is not None])
+            found.append([gathered(p.grad) for p in mine if p.grad is not None])
     sent = torch.full((3,), float(seat.mine == 0))
     return found, seat.exchange.send(sent).tolist()
 

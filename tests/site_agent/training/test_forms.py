@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from shared.task import build_model
-from site_agent.training.forms import Computing, Form, Replicated, assign, blocks_of, whole
+from site_agent.training.forms import Computing, Form, Replicated, assign, blocks_of, gathered
 from tests.support.ranks import run_ranks
 from tests.support.sites import (
     Block,
@@ -136,7 +136,7 @@ def sharded() -> Any:
         assert isinstance(parameter, DTensor)
         full = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
         assign(parameter, full)
-        found.append((torch.equal(whole(parameter.detach()), full), parameter.to_local().shape[0]))
+        found.append((torch.equal(gathered(parameter.detach()), full), parameter.to_local().shape[0]))
     return found
 
 
