@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,8 +102,9 @@ class OpenRound:
     quorum_at: float | None = None
 
     @property
-    def sites(self) -> set[str]:
-        return {contribution.site for contribution in self.contributions.values()}
+    def sites(self) -> KeysView[str]:
+        """Those who have contributed."""
+        return self.arrived.keys()
 
     def add(self, contribution: Contribution, policy: Policy, now: float) -> None:
         self.contributions[contribution.id] = contribution

@@ -285,7 +285,7 @@ class RunCore:
         times += [
             rounds.closes_by(state.open, tempos, self.plan.policy, self._missing(p, cycles))
             for p, state in enumerate(self.fragments)
-            if state.merging is None and not self.complete(p)
+            if state.open.contributions and state.merging is None and not self.complete(p)
         ]
         return min((time for time in times if time is not None), default=None)
 
@@ -425,12 +425,12 @@ class RunCore:
         tempos = self._tempos(cycles)
         decisions: list[Decision] = []
         for p, state in enumerate(self.fragments):
-            if state.merging is not None:
+            if state.merging is not None or not state.open.contributions:
                 continue
             reason = rounds.reason_to_close(
                 state.open, training, tempos, self.plan.policy, now, self._missing(p, cycles)
             )
-            if self.complete(p) and state.open.contributions:
+            if self.complete(p):
                 # Accepted while the last merge was under way: it was acknowledged, so it is merged as well.
                 reason = reason or "complete"
             if reason is None:
@@ -471,9 +471,9 @@ class RunCore:
             return False
         changed = False
         longest = FASTEST * middle(cycles)
+        here = frozenset[str]().union(*(state.open.sites | state.merging_sites for state in self.fragments))
         for member in self.members.in_state("training"):
-            here = any(member.site in state.open.sites | state.merging_sites for state in self.fragments)
-            if (cycle := cycles.get(member.site)) is None or here:
+            if (cycle := cycles.get(member.site)) is None or member.site in here:
                 continue
             usual = min(cycle, longest) + min(member.report.sync_seconds, longest)
             patience = self.members.lease_seconds + STALLED_CYCLES * usual
@@ -486,8 +486,9 @@ class RunCore:
         """When the sites that train and are not in the fragment's open round should contribute to it: a cycle after the
         last time."""
         found: list[Expected | None] = []
+        here = self.fragments[fragment].open.sites
         for member in self._counted():
-            if member.site in self.fragments[fragment].open.sites:
+            if member.site in here:
                 continue
             last, cycle = self._accepted_at.get((member.site, fragment)), cycles.get(member.site)
             if last is None or cycle is None:
