@@ -14,8 +14,10 @@ from site_agent.agent import Agent
 from site_agent.learner import Learner, Stopped
 from site_agent.news import Stop
 from site_agent.tasks.byte_lm import ByteLM
-from tests.e2e.test_federation import TEXT, small_run
+from tests.e2e.test_federation import small_run
 from tests.support.live import live, run_config, site_config, train
+
+TEXT = "".join(f"line {n} of a text that is short enough to be gone through, {n * n} times.\n" for n in range(300))
 
 
 @pytest.fixture

@@ -112,13 +112,13 @@ def versions(served: Live) -> int:
 
 
 @contextmanager
-def beside(served: Live, directory: Path) -> Iterator[None]:
+def beside(agent: Agent) -> Iterator[None]:
     """A site of one process that trains in this one, until the run is finished."""
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            train(Agent(site_config("us", served.url, directory)))
+            train(agent)
         except BaseException as error:
             failed.append(error)
 
@@ -135,15 +135,15 @@ TWO = 'device = ["cpu", "cpu"]'
 
 def test_kill_9_of_any_process_of_a_site_changes_no_bit(tmp_path: Path, text: Path) -> None:
     """Of the second rank, then of the head: all of them start again from the last local checkpoint, and the run ends as
-    if nothing had been."""
+    if nothing had been, and as if the site were one process with as many passes."""
     with live(small_run(text), tmp_path / "calm") as served:
-        with beside(served, tmp_path / "calm-us"), site(tmp_path / "calm-eu", served.url, TWO) as eu:
-            assert eu.ended() == 0, eu.said()
+        eu_alone = site_config("eu", served.url, tmp_path / "calm", devices={"micro_batch": 4})
+        train(Agent(eu_alone), Agent(site_config("us", served.url, tmp_path / "calm-us")))
         undisturbed = served.digests()
         assert served.coordinator.core.finished
-    assert "2 x" in eu.said()
     with live(small_run(text), tmp_path / "state") as served:
-        with beside(served, tmp_path / "us"), site(tmp_path / "eu", served.url, f"{TWO}\nthrottle = 0.3") as eu:
+        us = Agent(site_config("us", served.url, tmp_path / "us"))
+        with beside(us), site(tmp_path / "eu", served.url, f"{TWO}\nthrottle = 0.3") as eu:
             for starts, (victim, reached) in enumerate(((1, 4), (0, 12)), start=1):
                 until(f"version {reached}", lambda reached=reached: versions(served) >= reached)
                 os.kill(eu.rank(victim), signal.SIGKILL)
@@ -151,6 +151,7 @@ def test_kill_9_of_any_process_of_a_site_changes_no_bit(tmp_path: Path, text: Pa
                 assert versions(served) < sum(version for version, _ in undisturbed), "in mid-run"
             assert eu.ended() == 0, eu.said()
         assert served.digests() == undisturbed, eu.said()
+    assert "2 x" in eu.said()
     assert eu.said().count("continuing from the checkpoint of step") == 2
     assert [sites for sites in merged(tmp_path / "state") if sites != ["eu", "us"]] == []
 
@@ -192,7 +193,7 @@ MIXED = f'{TWO}\ngroup = ["fast", "slow"]\nthrottle = [1.0, 0.5]'
 
 def test_groups_that_are_learners_take_part_by_themselves(tmp_path: Path, text: Path) -> None:
     with (
-        live(small_run(text, run={"tokens": 12_000}), tmp_path / "state") as served,
+        live(small_run(text, run={"tokens": 12_000, "min_sites": 1}), tmp_path / "state") as served,
         site(tmp_path / "eu", served.url, f'{MIXED}\nmixed = "learners"') as eu,
     ):
         assert eu.ended() == 0, eu.said()

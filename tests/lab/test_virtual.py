@@ -161,7 +161,7 @@ def test_pure_async_waits_for_nobody() -> None:
 def test_many_sites_of_very_different_speed_are_never_too_stale(grace: float | None, equal_time: bool) -> None:
     """A cycle of two dozen sites has two dozen versions where each arrival is a round."""
     sites = [VirtualSite(f"s{n:02}", (1.0, 1.5, 2.0, 8.0)[n % 4], 1.0 + n % 5, mood=0.2) for n in range(24)]
-    run = decoupled(sites, grace, equal_time, tokens=8000)
+    run = decoupled(sites, grace, equal_time, tokens=4000)
     run.run(limit=100_000)
     assert run.refused.keys() <= {Code.RUN_FINISHED}
     staleness = [close.version - 1 - c.base_version for _, close in run.closed for c in close.contributions]
