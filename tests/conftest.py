@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# Several workers share the cores (make test), and threads of torch that wait for a core spin: one each, in the processes
+# Several workers share the cores (make test), and threads of torch that wait for a core spin: one each, in processes
 # that a test starts too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -163,6 +163,7 @@ check_site() {
         "$repo/deploy/slurm/site.sbatch" site.toml)
     log=isthmus-eu-west-$job.log
     until_or 180 said "$log" 'step 50: loss' 1 || die "the site does not train"
+    [ "$nodes" = 1 ] || said "$log" 'site eu-west in run .* on 2 x ' 1 || die "the nodes do not train together"
     ok "site.sbatch: trains on $nodes node(s)"
 
     scancel --signal=USR1 --batch "$job" # what Slurm does when the time is nearly up
@@ -206,6 +207,7 @@ check_two_makes() {
     log=isthmus-eu-west-$job.log
     until_or 180 said "$log" 'site eu-west in run' 1 || die "two-makes.sbatch: the site does not start"
     until_or 120 more_than "$before" || die "two-makes.sbatch: the site does not train"
+    said "$log" 'site eu-west in run .* on 2 x ' 1 || die "two-makes.sbatch: the parts do not train together"
     ok "two-makes.sbatch: the parts meet, and the site goes on from its state"
 
     scancel --signal=USR1 --batch "$job"
