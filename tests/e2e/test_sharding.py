@@ -249,7 +249,9 @@ def test_a_site_that_dies_goes_on_from_its_checkpoint_at_both_coordinators(
     assert "is of no use" not in caplog.text
 
 
-def test_data_is_leased_by_the_first_coordinator_alone(tmp_path: Path, text: Path) -> None:
+def test_data_is_leased_by_the_first_coordinator_alone(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT[: len(TEXT) // 6], encoding="utf-8")
     manifest = ByteLM({"paths": str(text), "context": 16, "partition": "leased"}).manifest()
     assert manifest is not None
     tables = small_run(text, task={"partition": "leased"}, run={"tokens": int(1.5 * 16 * sum(manifest.sizes))})
