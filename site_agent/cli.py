@@ -34,7 +34,8 @@ def _ended(function: Callable[P, None]) -> Callable[P, None]:
         if "RANK" not in os.environ:  # it is alone; and torch, which takes seconds, may not have been needed
             function(*args, **kwargs)
             return
-        from site_agent.crew import disband, launched
+        from site_agent.crew import disband
+        from site_agent.launch import launched
 
         try:
             function(*args, **kwargs)
@@ -99,8 +100,7 @@ def _config(site: Path) -> SiteConfig:
 def _in_all_processes(config: SiteConfig, arguments: list[str], *, again: bool = True) -> None:
     """Does it in a process for each device of this machine, and ends this one, unless there is one device or somebody
     has started the processes already."""
-    from site_agent.crew import launched
-    from site_agent.launch import launch, processes_of
+    from site_agent.launch import launch, launched, processes_of
 
     if not launched() and processes_of(config) > 1:
         raise SystemExit(launch(config, arguments, again=again))

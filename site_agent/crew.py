@@ -29,6 +29,7 @@ from shared.program import signal_when_parent_ends
 from shared.task import build_model, check_fingerprint, fingerprint_of, load_task
 from site_agent.core.memory import Needed, memory_needed
 from site_agent.core.mixture import Group, Rank, groups_of
+from site_agent.launch import of_several
 from site_agent.training import drivers
 from site_agent.training.ensemble import serve
 from site_agent.training.forms import Computing, Parallel
@@ -100,22 +101,13 @@ class Crew:
         return f"{self.names[rank]}{at}{share}"
 
 
-def launched() -> bool:
-    """Whether a launcher started this process for a site, be it as the only one."""
-    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or _of_several())
-
-
-def _of_several() -> bool:
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def enlist(config: SiteConfig) -> Crew:
     """This process as one of its site's. Raises ConfigError where its device is not there, or a list has nothing for
     it."""
-    local = int(os.environ.get("LOCAL_RANK", "0")) if _of_several() else 0
+    local = int(os.environ.get("LOCAL_RANK", "0")) if of_several() else 0
     if config.devices.threads:
         torch.set_num_threads(config.devices.threads)
-    team = _join() if _of_several() else ALONE
+    team = _join() if of_several() else ALONE
     found, how, group, throttle = team.agree(lambda: _own(config.devices, local))
     if found.device.type != "cpu":
         _select(found.device)

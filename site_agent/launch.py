@@ -37,6 +37,16 @@ TRIES, SOUND_SECONDS = 3, 600.0
 LEAVING_SECONDS = 10.0
 
 
+def launched() -> bool:
+    """Whether a launcher started this process for a site, be it as the only one."""
+    return "RANK" in os.environ and ("LOCAL_RANK" in os.environ or of_several())
+
+
+def of_several() -> bool:
+    """Whether it is one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def processes_of(config: SiteConfig) -> int:
     """How many processes this machine has for the site, one for each device. Raises ConfigError, also where a list of
     [devices] is not as long."""

@@ -21,10 +21,10 @@ from site_agent.crew import (
     free,
     holding,
     in_words,
-    launched,
     needed,
     prepare,
 )
+from site_agent.launch import launched
 from site_agent.training.makes import CPU, Found, look_at
 from site_agent.training.team import ALONE
 from tests.support.crews import MIXED, a_crew, accelerator, config
