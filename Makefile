@@ -15,7 +15,7 @@ demo: $(READY)
 
 # A worker a core and one more: much of the time is waiting. For one test in this process: ARGS="-n 0 tests/test_cli.py"
 test: $(READY) nginx
-	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxschedchunk 2 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

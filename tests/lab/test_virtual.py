@@ -49,7 +49,7 @@ def run_of(
 @example(
     [0.05, 0.05, 0.25], [4.0], [0.6, 0.6, 0.0, 0.0], 0, 3, 4, True, False
 )  # the one waited for had given all it had
-@settings(max_examples=80)
+@settings(max_examples=50)
 def test_sites_that_join_at_any_time_never_wait_in_a_circle(
     speeds: list[float],
     joins: list[float],
