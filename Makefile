@@ -13,9 +13,9 @@ ARGS ?=
 demo: $(READY)
 	@$(BIN)/isthmus demo $(ARGS)
 
-# A worker a core and two more: much of the time is waiting. For one test in this process: ARGS="-n 0 tests/test_cli.py"
+# A worker a core and one more: much of the time is waiting. For one test in this process: ARGS="-n 0 tests/test_cli.py"
 test: $(READY) nginx
-	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --maxschedchunk 2 $(ARGS)
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
