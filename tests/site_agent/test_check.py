@@ -19,12 +19,12 @@ from site_agent import crew as crew_module
 from site_agent import survey as survey_module
 from site_agent.agent import Agent
 from site_agent.check import check
-from site_agent.core.mixture import Group, Rank, Verdict
-from site_agent.crew import Crew, needed
+from site_agent.core.mixture import Verdict
+from site_agent.crew import needed
 from site_agent.survey import Survey
 from site_agent.training.forms import Computing
-from site_agent.training.makes import CUDA, Found, look_at
-from site_agent.training.team import ALONE
+from site_agent.training.makes import look_at
+from tests.support.crews import a_crew
 from tests.support.live import live, run_config, site_config
 from tests.support.sites import layout_of, lm_site
 
@@ -33,16 +33,7 @@ RUN, LAYOUT = SITE.run, layout_of(SITE)
 SMALL = {"context": 16, "width": 32, "layers": 1, "heads": 2}
 
 
-def crew_of(*groups: tuple[str, int], free: int = 0) -> Crew:
-    """The head of groups of so many cards each, on one machine."""
-    names = [name for name, count in groups for _ in range(count)]
-    members = tuple(Group(name, tuple(r for r, each in enumerate(names) if each == name)) for name, _ in groups)
-    ranks = tuple(Rank("here", "cuda", f"NVIDIA {name}", free, "bf16") for name in names)
-    places, found = (
-        tuple(f"cuda:{n}" for n in range(len(names))),
-        Found(CUDA, torch.device("cuda", 0), "", 0, 0, True, True),
-    )
-    return Crew(ALONE, found, Computing("bf16"), ranks, members, places, (1.0,) * len(names))
+crew_of = partial(a_crew, how=Computing("bf16"))
 
 
 class Said:
@@ -114,7 +105,7 @@ def test_devices_that_are_not_used_are_told_with_the_reason(
     monkeypatch.setattr(check_module, "devices_of", lambda _: [torch.device("cuda", n) for n in range(3)])
     monkeypatch.setattr(check_module, "make_of", lambda _: SimpleNamespace(title=lambda _: "NVIDIA H20"))
     monkeypatch.setattr(check_module, "environment", lambda _: {"NCCL_SOCKET_IFNAME": "ib0"})
-    check_module._devices(said, crew_of(("H20", 2)), config(device=device))
+    check_module._devices(said, crew_of({"H20": 2}), config(device=device))
     assert said.lines == [
         ("devices", "2 x NVIDIA H20 (cuda:0, cuda:1; bf16)"),
         ("", f"not used: cuda:2 (NVIDIA H20): {why}"),
@@ -127,7 +118,7 @@ def found(mode: Any, **more: Any) -> Survey:
 
 
 def test_several_groups_are_told_with_both_numbers_and_the_reason(said: Said) -> None:
-    crew = crew_of(("h20", 1), ("a100", 1))
+    crew = crew_of({"h20": 1, "a100": 1})
     check_module._groups(said, crew, config(), found("average"), "average", "as measured here")
     check_module._groups(said, crew, config(), found("average"), "learners", '[devices] mixed = "learners"')
     assert said.lines == [
@@ -141,24 +132,24 @@ def test_several_groups_are_told_with_both_numbers_and_the_reason(said: Said) ->
 
 def test_what_was_decided_before_is_what_a_check_says(tmp_path: Path) -> None:
     (tmp_path / "mixed.json").write_text(json.dumps({"mode": "learners", "groups": ["h20", "a100"]}))
-    known = check_module.stated(crew_of(("h20", 1), ("a100", 1)), config(tmp_path))
+    known = check_module.stated(crew_of({"h20": 1, "a100": 1}), config(tmp_path))
     assert known == ("learners", f"as was decided before, in {tmp_path / 'mixed.json'}")
 
 
 def test_how_each_group_holds_the_model_is_told(said: Said) -> None:
-    crew = crew_of(("h20", 2), ("a100", 1))
-    crew = crew_of(("h20", 2), ("a100", 1), free=needed(crew, RUN, LAYOUT, "ddp", 0).total - 1)
+    crew = crew_of({"h20": 2, "a100": 1})
+    crew = crew_of({"h20": 2, "a100": 1}, free=needed(crew, RUN, LAYOUT, "ddp", 0).total - 1)
     crew = replace(crew, ranks=(*crew.ranks[:2], replace(crew.ranks[2], free=10**10)))
     check_module._memory(said, crew, config(), RUN, LAYOUT, apart=False)
     assert [what for what, _ in said.lines] == ["memory", ""]
     assert re.match(r"h20: the model in shards \(fsdp\), at least \S+ MB .*; 0\.0 GB were free", said.lines[0][1])
     assert re.match(r"a100: at least \S+ MB .*; 10\.0 GB were free", said.lines[1][1])
-    check_module._memory(said, crew_of(("h20", 2)), config(), RUN, LAYOUT, apart=False)
+    check_module._memory(said, crew_of({"h20": 2}), config(), RUN, LAYOUT, apart=False)
     assert re.match(r"the whole model on each device \(ddp\), at least", said.lines[2][1])
 
 
 def test_learners_have_a_step_each(said: Said) -> None:
-    crew = crew_of(("h20", 1), ("a100", 1))
+    crew = crew_of({"h20": 1, "a100": 1})
     check_module._speed(said, crew, config(), RUN, found("learners"), 2, "learners")
     assert said.lines == [
         ("speed", "h20: 12 sequences/s, 0.6667 s an inner step of 8, passes of at most 2 on a device "
@@ -171,10 +162,10 @@ def test_learners_have_a_step_each(said: Said) -> None:
 
 def test_a_group_without_room_for_a_learner_of_its_own_averages() -> None:
     """Of groups that average only the first one holds error feedback and snapshots."""
-    crew = crew_of(("h20", 1), ("a100", 1))
+    crew = crew_of({"h20": 1, "a100": 1})
     enough = needed(crew, RUN, LAYOUT, "ddp", 0).total
     apart = Verdict("learners", 17.0, 20.0, "they keep 60%")
-    roomy = crew_of(("h20", 1), ("a100", 1), free=enough)
+    roomy = crew_of({"h20": 1, "a100": 1}, free=enough)
     assert survey_module._with_room(roomy, config(), RUN, LAYOUT, apart) is apart
     tight = replace(roomy, ranks=(roomy.ranks[0], replace(roomy.ranks[1], free=enough - 1)))
     verdict = survey_module._with_room(tight, config(), RUN, LAYOUT, apart)

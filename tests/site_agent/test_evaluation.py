@@ -154,7 +154,7 @@ def evaluates_together(kind: str, groups: tuple[tuple[int, ...], ...], parallel:
     evaluator.finish()
     after = ensemble.state()[0]
     same = all(torch.equal(before[name], after[name]) for name in before)
-    loss = ensemble.step(stream, LR)[0]  # type: ignore[arg-type]
+    loss = ensemble.step(stream, LR)[0]
     ensemble.end()
     return courier.losses, courier.evaluates, same, loss
 
@@ -174,7 +174,7 @@ def first_step() -> float:
     site = lm_site()
     ensemble = head_or_serve(trainer_of(site), site)
     assert ensemble is not None
-    return ensemble.step(data(), LR)[0]  # type: ignore[arg-type]
+    return ensemble.step(data(), LR)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

@@ -27,10 +27,10 @@ def accelerator(free: int | None = None, *, bf16: bool = True) -> Found:
     return Found(CUDA, torch.device("cuda", 0), "NVIDIA H20", None, free, bf16, True)
 
 
-def a_crew(groups: Mapping[str, int], free: int = 0) -> Crew:
+def a_crew(groups: Mapping[str, int], free: int = 0, how: Computing | None = None) -> Crew:
     """The head of groups of so many accelerators each, on one machine."""
     names = [name for name, count in groups.items() for _ in range(count)]
     ranks = tuple(Rank("here", "cuda", f"NVIDIA {name}", free, "bf16") for name in names)
     members = [Group(name, tuple(r for r, each in enumerate(names) if each == name)) for name in groups]
     places = tuple(f"cuda:{n}" for n in range(len(names)))
-    return Crew(ALONE, accelerator(), Computing(), ranks, tuple(members), places, (1.0,) * len(names))
+    return Crew(ALONE, accelerator(), how or Computing(), ranks, tuple(members), places, (1.0,) * len(names))

@@ -333,6 +333,22 @@ def test_a_round_waits_for_a_site_that_is_expected_in_time_and_not_for_a_later_o
     assert core.next_wakeup() == until
 
 
+def test_a_round_does_not_wait_for_more_of_who_is_in_it() -> None:
+    """a is fast enough to contribute twice while b could wait, and c comes too late."""
+    plan = replace(PLAN, steps=16, equal_time=False, policy=replace(POLICY, quorum=1, grace_seconds=None))
+    core = training("a", "b", "c", plan=plan)
+    measured("b", core)
+    measured("c", core)
+    core.heartbeat("a", "a", Report("training", step_seconds=0.1, overlap_seconds=0.0, sync_seconds=2.0), 1.0)
+    contribute(core, "c", now=1.0)
+    (close,) = core.tick(3.9)
+    publish(core, close)
+    assert contribute(core, "b", base=1, now=4.0) == []
+    (close,) = contribute(core, "a", base=1, now=4.5)
+    assert isinstance(close, CloseRound)
+    assert [c.site for c in close.contributions] == ["a", "b"]
+
+
 def test_what_a_site_can_spare_is_no_more_than_a_cycle_whatever_it_says() -> None:
     plan = replace(PLAN, steps=16, equal_time=True, policy=replace(POLICY, quorum=1, grace_seconds=None))
     core = training("a", "b", plan=plan)
